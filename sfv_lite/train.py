@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['random_state', 'computes_in_bf16', 'make_accelerator', 'make_optimizer', 'rate', 'set_rate', 'drop_condition',
            'fixed_noise', 'digit_batches', 'State', 'descend', 'distil_step', 'finish_step_on_ctrl_c', 'append_row',
-           'keep_rows', 'Run', 'averaged', 'distil', 'pretrain', 'psnr', 'train_vae', 'count_flops', 'step_parts']
+           'keep_rows', 'Run', 'averaged', 'distil', 'pretrain', 'psnr', 'train_vae', 'count_flops', 'step_parts',
+           'step_cost']
 
 # %% ../nbs/08_train.ipynb #baac2634
 import contextlib, csv, dataclasses, itertools, json, math, shutil, signal, statistics, time
@@ -26,7 +27,7 @@ from .edm import DiscreteLogNormal, LogNormal, UniformLevels, add_noise, karras_
 from .heads import Discriminator, Heads, Logits
 from .objective import hinge_d, hinge_g, pseudo_huber, r1
 from .recipe import Recipe, RecipeError, save_recipe
-from .sampling import sample_euler, sample_once
+from .sampling import fastest, sample_euler, sample_once
 from .svd import Batch, Condition, Denoiser, condition, decode, digits_pipeline, encode, load_pipeline, replace_folder, save_pipeline
 from .video import moving_digits, save_clip, tile
 
@@ -46,12 +47,12 @@ def computes_in_bf16(device:torch.device)->bool:
     return device.type=='cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
 # %% ../nbs/08_train.ipynb #0b07ff81
-def make_accelerator(recipe:Recipe, out:Path)->Accelerator:
+def make_accelerator(recipe:Recipe, out:str|Path|None=None)->Accelerator:
     "accelerate, set up as the recipe says"
     bf16 = recipe.precision=='bf16' or (recipe.precision=='auto' and computes_in_bf16(PartialState().device))
     AcceleratorState._reset_state() # a second run in the same process may want another precision
     tracker = None if recipe.tracker=='none' else recipe.tracker
-    return Accelerator(mixed_precision='bf16' if bf16 else 'no', gradient_accumulation_steps=recipe.accumulation, log_with=tracker, project_dir=out)
+    return Accelerator(mixed_precision='bf16' if bf16 else 'no', gradient_accumulation_steps=recipe.accumulation, log_with=tracker, project_dir=out and str(out))
 
 # %% ../nbs/08_train.ipynb #1615d0cc
 def make_optimizer(params, recipe:Recipe, lr:float):
@@ -124,7 +125,7 @@ class State:
         torch.manual_seed(recipe.seed)
         D = Discriminator(pipe.unet, recipe.spatial, recipe.temporal, tap=recipe.tap, width=recipe.head_width).to(accelerator.device)
         G = Denoiser(pipe.unet).train()
-        ema = EMAModel(G.parameters(), decay=recipe.ema)
+        ema = EMAModel(G.parameters(), decay=recipe.ema, foreach=True)
         G,heads,opt_g,opt_d = accelerator.prepare(G, D.heads, make_optimizer(G.parameters(), recipe, recipe.lr_g), make_optimizer(D.heads.parameters(), recipe, recipe.lr_d))
         return cls(recipe, accelerator, G, D, heads, opt_g, opt_d, ema, UniformLevels(recipe.T_g), DiscreteLogNormal(recipe.T_d, recipe.P_mean, recipe.P_std))
 
@@ -328,7 +329,7 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config))
     D = Denoiser(pipe.unet).train()
-    ema = EMAModel(D.parameters(), decay=recipe.teacher_ema)
+    ema = EMAModel(D.parameters(), decay=recipe.teacher_ema, foreach=True)
     D,opt = acc.prepare(D, torch.optim.AdamW(D.parameters(), lr=recipe.teacher_lr, weight_decay=0.))
     step,micro = (o := run.load(ema))['step'],o['micro']
     levels,total = LogNormal(recipe.teacher_P_mean, recipe.teacher_P_std),recipe.teacher_steps
@@ -438,10 +439,29 @@ def step_parts(
         torch.autograd.grad(f, leaf, f)
     def heads_for_d():
         with s.accelerator.autocast(): logits = s.D.heads([f.repeat(2,1,1,1,1) for f in features], sigma.repeat(2), cond.map(lambda o: torch.cat([o,o])))
-        sum(hinge_d(logits, logits)).backward()
+        hinge_g(logits).backward()
     def heads_for_g():
         with s.accelerator.autocast(): torch.autograd.grad(hinge_g(s.D.heads(leaves, sigma, cond)), leaves)
     def heads_r1():
         with s.accelerator.autocast(): r1(s.D.heads, features, sigma, cond).backward()
     return {'G, forward and backward':generator, 'encoder on real, forward':eye_on_real, 'encoder on fake, forward and input gradient':eye_on_fake,
         'heads for D, forward and backward':heads_for_d, 'heads for G, forward and input gradient':heads_for_g, 'heads, R1':heads_r1}
+
+# %% ../nbs/08_train.ipynb #5a51b3ab
+def step_cost(
+    recipe:Recipe,
+    base="digits-teacher", # pipeline whose step is measured
+    repeats:int=5          # timings a part; the least counts
+)->list[dict]:             # one row a part, then their sum and the step itself
+    "FLOPs and seconds of one `distil` step without R1, beside those of its parts run alone"
+    pipe,acc = load_pipeline(base),make_accelerator(recipe)
+    state = State.create(pipe, recipe, acc)
+    batch = encode(pipe, moving_digits(recipe.batch//recipe.accumulation)[0], recipe.fps, recipe.motion_bucket).to(acc.device)
+    def step():
+        state.step = recipe.head_start + recipe.r1_every - recipe.head_start%recipe.r1_every + 1 # G takes part, R1 does not
+        distil_step(state, batch)
+    row = lambda name,f: {'part':name, 'GFLOP a clip':count_flops(f)/len(batch)/1e9, 'seconds':fastest(f, repeats)}
+    parts = [row(*o) for o in step_parts(state, batch).items()]
+    due = [o for o in parts if 'R1' not in o['part']]
+    total = {'part':'sum of the parts but R1', **{k:sum(o[k] for o in due) for k in ('GFLOP a clip','seconds')}}
+    return [*parts, total, row('a step of distil', step)]
