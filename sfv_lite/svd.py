@@ -67,6 +67,11 @@ class _Tensors:
     def map(self, f):
         "The same kind of thing with `f` applied to every tensor"
         return type(self)(*(o.map(f) if isinstance(o,_Tensors) else f(o) for o in vars(self).values()))
+    @classmethod
+    def cat(cls, parts):
+        "Several of a kind as one, along the first axis"
+        columns = zip(*(vars(o).values() for o in parts))
+        return cls(*(type(o[0]).cat(o) if isinstance(o[0],_Tensors) else torch.cat(o) for o in columns))
     def __getitem__(self, i): return self.map(lambda o: o[i])
     def to(self, *args, **kwargs):
         "Move or cast every tensor, as `Tensor.to` does"
@@ -223,14 +228,17 @@ def replace_folder(part:Path, folder:Path):
 def save_pipeline(
     pipe,             # a `StableVideoDiffusionPipeline`
     folder:str|Path,  # where; written whole or not at all
-    dtype:torch.dtype|None=None # cast a copy of the weights; None keeps them
+    dtype:torch.dtype|None=None # of the weights of UNet and VAE in the file; None keeps them
 )->Path:
     "Save as a folder that stock diffusers opens without this package: safetensors, JSON, stock class names"
     folder = Path(folder)
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    if dtype is not None: pipe = copy.deepcopy(pipe).to(dtype)
-    with quietly(): pipe.save_pretrained(part, safe_serialization=True)
+    with quietly():
+        if dtype is not None:
+            pipe = copy.deepcopy(pipe).to(dtype)
+            pipe.image_encoder.float() # transformers opens a tower in the type it was saved in, diffusers opens all else in fp32
+        pipe.save_pretrained(part, safe_serialization=True)
     index = json.loads((part/'model_index.json').read_text())
     index.update(_class_name='StableVideoDiffusionPipeline', feature_extractor=['transformers','CLIPImageProcessor'])
     (part/'model_index.json').write_text(json.dumps(index))

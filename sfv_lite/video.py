@@ -147,7 +147,7 @@ def motion_speed(
 def _png(fig)->bytes:
     "A figure as PNG; by this Jupyter shows it, pyplot or not"
     buffer = BytesIO()
-    fig.savefig(buffer, format='png')
+    fig.savefig(buffer, format='png', bbox_inches='tight')
     return buffer.getvalue()
 
 # %% ../nbs/00_video.ipynb #0eb74cac

@@ -1,0 +1,77 @@
+"The notebooks are the source: they run, what was made from them is current, and what a reader sees in them is whole. All on a copy"
+import fnmatch, json, os, shutil, sys, tomllib
+from pathlib import Path
+import pytest
+from conftest import ROOT, files, python
+
+NOTEBOOKS = sorted(str(o.relative_to(ROOT)) for o in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(ROOT).parts))
+LIMIT = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['nbdev'].get('cell_timeout', 600) # seconds; nbdev-test itself holds each cell to it
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "The repository without its history and without what .gitignore names"
+    lines = [o.strip() for o in (ROOT/'.gitignore').read_text().splitlines() if o.strip() and o[0]!='#']
+    def ignore(folder, names):
+        here = [o.strip('/') for o in lines if o[0]!='/' or Path(folder)==ROOT] + ['.git']
+        return [o for o in names if any(fnmatch.fnmatch(o,p) for p in here)]
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp('copy')/'repo', ignore=ignore)
+
+
+def nbdev(command, *args, copy):
+    "An nbdev command at the root of the copy, whose package is the one imported"
+    return python(Path(sys.executable).with_name(f'nbdev-{command}'), *args, cwd=copy, env=dict(PYTHONPATH=str(copy)), timeout=2*LIMIT)
+
+
+def test_there_are_notebooks():
+    "One a module at least, so that the tests below have something to test"
+    made = {o.stem for o in (ROOT/'sfv_lite').glob('*.py')} - {'__init__','_modidx'}
+    exporting = {c.split('default_exp')[1].split()[0] for o in NOTEBOOKS for c in map(''.join, (c['source'] for c in json.loads((ROOT/o).read_text())['cells'])) if c.startswith('#| default_exp')}
+    assert made and made==exporting
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_notebook_runs(notebook, copy):
+    "From the first cell to the last, in a fresh process, in time, with every assertion in it; a notebook that nbdev overlooks fails as well"
+    done = nbdev('test', '--n-workers', 0, '--do-print', notebook, copy=copy)
+    assert done.returncode==0 and 'Success.' in done.stdout and f'Completed {copy/notebook}' in done.stdout, done.stdout[-2000:]+done.stderr[-4000:]
+
+
+@pytest.mark.parametrize('command', ['export', 'clean'])
+def test_what_is_committed_is_current(command, copy):
+    "`nbdev-export` and `nbdev-clean` change nothing: the package is what its notebooks say, and the notebooks hold no execution counts or strange metadata"
+    before = files(copy)
+    done = nbdev(command, copy=copy)
+    after = files(copy)
+    changed = [k for k in {**before,**after} if before.get(k)!=after.get(k) and '__pycache__' not in k]
+    for k in changed: (copy/k).write_bytes(before[k]) if k in before else (copy/k).unlink()
+    assert done.returncode==0 and not changed, (changed, done.stderr)
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_notebook_is_fit_to_read(notebook):
+    "Outputs are there, none is an error or a warning, no path of the machine it ran on shows, and the file is below 1.5 MB"
+    text = (ROOT/notebook).read_text()
+    cells = [o for o in json.loads(text)['cells'] if o['cell_type']=='code']
+    outputs = [o for c in cells for o in c['outputs']]
+    assert len(outputs)>0, "was never run"
+    size = len(text.encode())
+    assert size < 1.5e6
+    wrong = [''.join(o.get('text', o.get('traceback','')))[:300] for o in outputs if o['output_type']=='error' or o.get('name')=='stderr']
+    assert not wrong
+    shown = json.dumps(outputs)
+    paths = [o for o in (str(ROOT), 'site-packages', os.path.expanduser('~/')) if o in shown]
+    assert not paths
+
+
+def test_readme_is_current(copy):
+    "README.md is what docs/make_readme.py makes of nbs/index.ipynb, and the check notices when it is not"
+    check = lambda: python('docs/make_readme.py', '--check', cwd=copy, env=dict(PYTHONPATH=str(copy)))
+    done = check()
+    assert done.returncode==0, done.stdout+done.stderr
+    readme = copy/'README.md'
+    whole = readme.read_text()
+    try:
+        readme.write_text(whole+'\nsomething by hand\n')
+        assert check().returncode!=0
+    finally: readme.write_text(whole)
