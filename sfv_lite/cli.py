@@ -158,7 +158,7 @@ def _sample(args):
     from sfv_lite.sampling import sample_euler, sample_once
     from sfv_lite.svd import Denoiser, condition, decode, load_pipeline
     from sfv_lite.video import save_clip
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     pipe = load_pipeline(args.model)
     D,c = Denoiser(pipe.unet).eval(),pipe.unet.config
     side,g = c.sample_size*pipe.vae_scale_factor,torch.Generator().manual_seed(args.seed)
