@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/05_objective.ipynb #e51bf4e1
+def _wide(o:Tensor)->Tensor:
+    "Half precision to single, so that means and sums are exact enough; single and double stay"
+    return o.float() if o.dtype in (torch.bfloat16,torch.float16) else o
+
 def _maps(logits)->list[Tensor]:
     "A map, a list of maps or `Logits`, as a list"
-    return [logits] if isinstance(logits, Tensor) else getattr(logits, 'maps', logits)
+    return [_wide(o) for o in ([logits] if isinstance(logits, Tensor) else getattr(logits, 'maps', logits))]
 
 # %% ../nbs/05_objective.ipynb #8d9569cc
 def hinge_d(
@@ -46,7 +50,7 @@ def r1(
     for maps in heads(leaves, sigma, cond):
         if not maps: continue
         grads = torch.autograd.grad(sum(o.mean((1,2,3)).sum() for o in maps), leaves, create_graph=True)
-        penalties += [o[0].numel()*g.flatten(1).square().sum(1).mean() for o,g in zip(maps, grads)]
+        penalties += [o[0].numel()*_wide(g).flatten(1).square().sum(1).mean() for o,g in zip(maps, grads)]
     return torch.stack(penalties).mean()
 
 # %% ../nbs/05_objective.ipynb #2f1dc2e0

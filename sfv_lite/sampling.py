@@ -42,7 +42,7 @@ def sample_once(
     denoiser,     # `denoiser(x, sigma, cond) → x0_hat`
     cond:Condition,
     noise:Tensor, # `(b t c h w)`, unit variance
-    sigma_max:float=700.
+    sigma_max:float=700. # the level that the noise stands for; SVD's highest
 )->Tensor:        # `(b t c h w)`, clean latents
     "The whole clip in one forward pass: eq. (6) at σ_max"
     return denoiser(noise*sigma_max, noise.new_full((len(noise),), sigma_max), cond)
@@ -50,9 +50,10 @@ def sample_once(
 # %% ../nbs/03_sampling.ipynb #f2d4c2d6
 class SFVPipeline(StableVideoDiffusionPipeline):
     "Stable Video Diffusion's own pipeline, whose call makes the clip in one step and without guidance"
-    def __call__(self, image, *args, num_inference_steps:int=1, min_guidance_scale:float=1., max_guidance_scale:float=1., height:int|None=None, width:int|None=None, **kwargs):
-        return super().__call__(image, height or self.unet.config.sample_size*self.vae_scale_factor, width or self.unet.config.sample_size*self.vae_scale_factor, *args,
-            num_inference_steps=num_inference_steps, min_guidance_scale=min_guidance_scale, max_guidance_scale=max_guidance_scale, **kwargs)
+    def __call__(self, image, height=None, width=None, num_frames=None, num_inference_steps=1, sigmas=None, min_guidance_scale=1., max_guidance_scale=1., *args, **kwargs):
+        "As stock's call, which see; `height` and `width` default to the UNet's `sample_size` times the VAE's factor"
+        side = self.unet.config.sample_size*self.vae_scale_factor
+        return super().__call__(image, height or side, width or side, num_frames, num_inference_steps, sigmas, min_guidance_scale, max_guidance_scale, *args, **kwargs)
 
     def save_pretrained(self, folder, *args, **kwargs):
         "Save so that stock diffusers opens it"
@@ -64,23 +65,25 @@ def fastest(f, # a function without arguments
     repeats:int=5
 )->float:      # seconds
     "The least of several timings, after one run to warm up: what the work takes when nothing disturbs it"
-    f()
     def once():
         start = time.perf_counter()
         f()
+        if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter()-start
-    return min(once() for _ in range(repeats))
+    return min([once() for _ in range(repeats+1)][1:])
 
 def latency(
     pipe,          # a `StableVideoDiffusionPipeline`
     image:Tensor,  # `(b 3 h w)` in [-1, 1]
     repeats:int=5
 )->list[dict]:     # one row a part: name, seconds, network evaluations
-    "Seconds of each part of making `b` clips: with the teacher's 25 guided steps, and with one"
+    "Seconds of each part of making `b` clips, with the teacher's 25 guided steps and with one; then end to end"
     D,c = Denoiser(pipe.unet).eval(),pipe.unet.config
     cond = condition(pipe, image)
     noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:])
-    ramp = torch.linspace(1, 3, c.num_frames)
-    parts = {'picture → condition (VAE, CLIP)':(0, lambda: condition(pipe, image)), 'UNet, 25 guided steps':(50, lambda: sample_euler(D, cond, noise, karras_sigmas(25).flip(0), ramp)),
-        'UNet, 1 step':(1, lambda: sample_once(D, cond, noise)), 'latents → frames (VAE)':(0, lambda: decode(pipe.vae, noise))}
+    many = lambda cond: sample_euler(D, cond, noise, karras_sigmas(25).flip(0), torch.linspace(1, 3, c.num_frames))
+    once = lambda cond: sample_once(D, cond, noise)
+    parts = {'picture → condition (VAE, CLIP)':(0, lambda: condition(pipe, image)), 'UNet, 25 guided steps':(50, lambda: many(cond)), 'UNet, 1 step':(1, lambda: once(cond)),
+        'latents → frames (VAE)':(0, lambda: decode(pipe.vae, noise)), 'end to end, 25 guided steps':(50, lambda: decode(pipe.vae, many(condition(pipe, image)))),
+        'end to end, 1 step':(1, lambda: decode(pipe.vae, once(condition(pipe, image))))}
     return [{'part':name, 'network evaluations':n, 'seconds':fastest(f, repeats)} for name,(n,f) in parts.items()]

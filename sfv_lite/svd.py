@@ -169,7 +169,7 @@ def image_embeds(
     from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
     mean,std = (torch.tensor(o, device=image.device).view(3,1,1) for o in (pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std))
     pixels = ((_resize_with_antialiasing(image, (224,224))+1)/2 - mean)/std
-    return pipe.image_encoder(pixels.to(pipe.image_encoder.dtype)).image_embeds[:,None]
+    return pipe.image_encoder(pixels.to(pipe.image_encoder.device, pipe.image_encoder.dtype)).image_embeds[:,None]
 
 # %% ../nbs/02_svd.ipynb #f2d4c2d6
 @torch.no_grad()
@@ -182,26 +182,25 @@ def condition(
     generator:torch.Generator|None=None
 )->Condition:
     "Everything SVD is told, from one picture a clip"
-    noise_aug = torch.as_tensor(noise_aug, dtype=torch.float32).expand(len(image))
-    noise = torch.randn(image.shape, generator=generator).to(image.device)
-    noisy = add_noise(image, noise_aug.to(image.device), noise)
-    latents = pipe.vae.encode(noisy.to(pipe.vae.dtype)).latent_dist.mode()
+    noise_aug = torch.as_tensor(noise_aug, dtype=torch.float32).expand(len(image)).to(image)
+    noisy = add_noise(image, noise_aug, torch.randn(image.shape, generator=generator).to(image))
+    latents = pipe.vae.encode(noisy.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
     ids = torch.stack([torch.full_like(noise_aug, fps-1), torch.full_like(noise_aug, motion_bucket), noise_aug], 1)
-    return Condition(latents.float(), image_embeds(pipe, image).float(), ids.to(image.device))
+    return Condition(latents, image_embeds(pipe, image), ids).to(image)
 
 # %% ../nbs/02_svd.ipynb #a49bac87
 @torch.no_grad()
 def encode(
     pipe,           # a `StableVideoDiffusionPipeline`
     x:Tensor,       # `(b t 3 h w)` in [-1, 1]
-    fps:int=7,
-    motion_bucket:int=127,
+    fps:int=7,      # frames a second
+    motion_bucket:int=127, # how much motion, 0…255
     noise_aug:LogNormal=LogNormal(-3.,.5), # law of the noise on the first frame; SVD's
     generator:torch.Generator|None=None
 )->Batch:
     "Pixels to what training eats: scaled latents of all frames, and the condition drawn from the first"
-    latents = pipe.vae.encode(rearrange(x, 'b t c h w -> (b t) c h w').to(pipe.vae.dtype)).latent_dist.mode()
-    latents = rearrange(latents.float(), '(b t) c h w -> b t c h w', b=len(x))*pipe.vae.config.scaling_factor
+    frames = rearrange(x, 'b t c h w -> (b t) c h w').to(pipe.vae.device, pipe.vae.dtype)
+    latents = rearrange(pipe.vae.encode(frames).latent_dist.mode().to(x), '(b t) c h w -> b t c h w', b=len(x))*pipe.vae.config.scaling_factor
     return Batch(latents, condition(pipe, x[:,0], fps, motion_bucket, noise_aug.sample(len(x), generator), generator))
 
 # %% ../nbs/02_svd.ipynb #b935990d
@@ -212,12 +211,15 @@ def decode(
 )->Tensor:         # `(b t 3 h w)`, about [-1, 1]
     "Latents back to pixels; the decoder mixes frames, so whole clips go through it"
     b,t = latents.shape[:2]
-    z = rearrange(latents/vae.config.scaling_factor, 'b t c h w -> (b t) c h w').to(vae.dtype)
-    return rearrange(vae.decode(z, num_frames=t).sample.float(), '(b t) c h w -> b t c h w', b=b)
+    z = rearrange(latents/vae.config.scaling_factor, 'b t c h w -> (b t) c h w').to(vae.device, vae.dtype)
+    return rearrange(vae.decode(z, num_frames=t).sample.to(latents), '(b t) c h w -> b t c h w', b=b)
 
 # %% ../nbs/02_svd.ipynb #ff151c6b
-def replace_folder(part:Path, folder:Path):
-    "Put a finished folder in place of an older one; at every moment one of them is whole"
+def replace_folder(
+    part:Path,  # finished, beside `folder`
+    folder:Path # may exist
+)->None:
+    "Put a finished folder in place of an older one; killed between the renames it leaves the older one as `.NAME.old`"
     old = folder.with_name(f'.{folder.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists(): os.replace(folder, old)
@@ -234,11 +236,15 @@ def save_pipeline(
     folder = Path(folder)
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    with quietly():
-        if dtype is not None:
-            pipe = copy.deepcopy(pipe).to(dtype)
-            pipe.image_encoder.float() # transformers opens a tower in the type it was saved in, diffusers opens all else in fp32
-        pipe.save_pretrained(part, safe_serialization=True)
+    try:
+        with quietly():
+            if dtype is not None:
+                pipe = copy.deepcopy(pipe).to(dtype)
+                pipe.image_encoder.float() # transformers opens a tower in the type it was saved in, diffusers opens all else in fp32
+            pipe.save_pretrained(part, safe_serialization=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     index = json.loads((part/'model_index.json').read_text())
     index.update(_class_name='StableVideoDiffusionPipeline', feature_extractor=['transformers','CLIPImageProcessor'])
     (part/'model_index.json').write_text(json.dumps(index))
@@ -269,7 +275,7 @@ def load_pipeline(
     with quietly():
         from diffusers import StableVideoDiffusionPipeline
         try: pipe = StableVideoDiffusionPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
-        except Exception as e: raise ValueError(f"{folder}: cannot be opened as a Stable Video Diffusion pipeline: {str(e).splitlines()[0]}") from e
+        except Exception as e: raise ValueError(f"{folder}: cannot be opened as a Stable Video Diffusion pipeline: {' '.join(str(e).split())[:200]}") from e
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

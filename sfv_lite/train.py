@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['random_state', 'computes_in_bf16', 'make_accelerator', 'make_optimizer', 'rate', 'set_rate', 'averaged',
-           'drop_condition', 'micro_batch', 'fixed_noise', 'digit_batches', 'append_row', 'keep_rows', 'Run',
-           'finish_step_on_ctrl_c', 'psnr', 'train_vae', 'pretrain', 'State', 'descend', 'distil_step', 'count_flops',
-           'step_parts', 'step_cost', 'distil']
+           'drop_condition', 'micro_batch', 'fixed_noise', 'digit_clips', 'digit_batches', 'read_rows', 'write_rows',
+           'append_row', 'Run', 'finish_step_on_ctrl_c', 'psnr', 'vae_loss', 'train_vae', 'edm_loss', 'pretrain',
+           'State', 'descend', 'loss_of_d', 'loss_of_g', 'distil_step', 'count_flops', 'step_parts', 'step_cost',
+           'distil']
 
 # %% ../nbs/08_train.ipynb #baac2634
-import contextlib, csv, dataclasses, itertools, json, math, shutil, signal, statistics, time
+import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -25,12 +26,12 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from .edm import DiscreteLogNormal, LogNormal, UniformLevels, add_noise, karras_sigmas, loss_weight
-from .heads import Discriminator, Heads, Logits
+from .heads import Discriminator, Logits
 from .objective import hinge_d, hinge_g, pseudo_huber, r1
-from .recipe import Recipe, RecipeError, save_recipe
+from .recipe import Recipe, RecipeError, save_recipe, write_text
 from .sampling import fastest, sample_euler, sample_once
-from .svd import Batch, Condition, Denoiser, condition, decode, digits_pipeline, encode, load_pipeline, replace_folder, save_pipeline
-from .video import moving_digits, save_clip, tile
+from .svd import Batch, Condition, Denoiser, decode, digits_pipeline, encode, load_pipeline, replace_folder, save_pipeline
+from .video import CANVAS, N_FRAMES, moving_digits, save_clip, tile
 
 # %% ../nbs/08_train.ipynb #0b07ff81
 def random_state(
@@ -48,15 +49,24 @@ def computes_in_bf16(device:torch.device)->bool:
     return device.type=='cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
 # %% ../nbs/08_train.ipynb #39ac7538
-def make_accelerator(recipe:Recipe, out:str|Path|None=None)->Accelerator:
+def make_accelerator(
+    recipe:Recipe,          # precision, accumulation and tracker are read
+    out:str|Path|None=None  # where a tracker writes
+)->Accelerator:             # raises `RecipeError` where the tracker is not installed
     "accelerate, set up as the recipe says"
     bf16 = recipe.precision=='bf16' or (recipe.precision=='auto' and computes_in_bf16(PartialState().device))
     AcceleratorState._reset_state() # a second run in the same process may want another precision
     tracker = None if recipe.tracker=='none' else recipe.tracker
-    return Accelerator(mixed_precision='bf16' if bf16 else 'no', gradient_accumulation_steps=recipe.accumulation, log_with=tracker, project_dir=out and str(out))
+    accelerator = Accelerator(mixed_precision='bf16' if bf16 else 'no', gradient_accumulation_steps=recipe.accumulation, log_with=tracker, project_dir=out and str(out))
+    if tracker and not accelerator.log_with: raise RecipeError(f"recipe [{recipe.name}] tracker = {tracker}: is not installed; pip install {tracker}, or set tracker = none")
+    return accelerator
 
 # %% ../nbs/08_train.ipynb #d4d893be
-def make_optimizer(params, recipe:Recipe, lr:float):
+def make_optimizer(
+    params,        # of one network
+    recipe:Recipe, # optimizer, momentum and beta are read
+    lr:float
+)->torch.optim.Optimizer:
     "SM3 as in the paper (§4), or AdamW with the same two numbers as its β"
     if recipe.optimizer=='adamw': return torch.optim.AdamW(params, lr=lr, betas=(recipe.momentum,recipe.beta), weight_decay=0.)
     from pytorch_optimizer import SM3
@@ -74,11 +84,15 @@ def rate(
     return min(1., (step+1)/(warmup+1))*fall
 
 def set_rate(optimizer, lr:float)->None:
+    "Give every group of an optimiser this learning rate"
     for group in optimizer.param_groups: group['lr'] = lr
 
 # %% ../nbs/08_train.ipynb #d0f58159
 @contextlib.contextmanager
-def averaged(ema:EMAModel, model:nn.Module):
+def averaged(
+    ema:EMAModel,   # the average of
+    model:nn.Module # this model's weights
+):
     "Put the averaged weights into the model for a while"
     ema.store(model.parameters())
     ema.copy_to(model.parameters())
@@ -86,7 +100,11 @@ def averaged(ema:EMAModel, model:nn.Module):
     finally: ema.restore(model.parameters())
 
 # %% ../nbs/08_train.ipynb #69704066
-def drop_condition(cond:Condition, p:float, generator:torch.Generator)->Condition:
+def drop_condition(
+    cond:Condition,
+    p:float, # 0…1
+    generator:torch.Generator # on the CPU
+)->Condition:
     "Take the picture away from a share `p` of the clips, so that guidance has its null"
     keep = (torch.rand(len(cond), generator=generator)>=p).to(cond.image_latents)
     return Condition(keep.view(-1,1,1,1)*cond.image_latents, keep.view(-1,1,1)*cond.image_embeds, cond.added_time_ids)
@@ -102,90 +120,148 @@ def fixed_noise(batch:Batch)->Tensor:
     return torch.randn(batch.latents.shape, generator=random_state(0,0)).to(batch.latents)
 
 # %% ../nbs/08_train.ipynb #68186925
+def digit_clips(
+    pipe,          # a `StableVideoDiffusionPipeline`; encoding happens where its VAE is
+    recipe:Recipe,
+    n:int,
+    seed:int,
+    split:str="train"
+)->Batch:          # on the CPU
+    "Moving digits, encoded as the recipe says"
+    x,_ = moving_digits(n, seed, split)
+    return encode(pipe, x, recipe.fps, recipe.motion_bucket, LogNormal(recipe.aug_mean,recipe.aug_std), random_state(seed,-1))
+
 def digit_batches(
     pipe,          # a `StableVideoDiffusionPipeline`
-    recipe:Recipe,
+    recipe:Recipe, # its `clips` are encoded
     batch:int,     # clips a micro-batch
     accelerator:Accelerator,
     start:int=0    # first micro-batch, for resuming
-):                 # yields `Batch`, for ever
+):                 # yields `Batch`, for ever; raises `RecipeError` where the recipe is not about digits
     "Moving digits, encoded once and then drawn at random"
-    every = torch.arange(recipe.clips)
-    x,_ = moving_digits(recipe.clips, recipe.seed)
-    g = random_state(recipe.seed, -1)
-    parts = [encode(pipe, x[i], recipe.fps, recipe.motion_bucket, LogNormal(recipe.aug_mean,recipe.aug_std), g)
-        for i in tqdm(every.split(64), 'encode', leave=False, disable=not accelerator.is_local_main_process)]
-    data = Batch.cat(parts)
-    for k in itertools.count(start):
-        yield data[torch.randint(recipe.clips, (batch,), generator=random_state(recipe.seed+1, k, accelerator.process_index))].to(accelerator.device)
+    if (recipe.frames,recipe.height,recipe.width)!=(N_FRAMES,CANVAS,CANVAS) or not recipe.clips:
+        raise RecipeError(f"recipe [{recipe.name}]: moving digits are {N_FRAMES} frames of {CANVAS}×{CANVAS} pixels, and `clips` says how many; set frames, height, width and clips so")
+    def forever():
+        sizes = [64]*(recipe.clips//64) + [recipe.clips%64]*(recipe.clips%64>0)
+        bar = tqdm(sizes, 'encode', leave=False, disable=not accelerator.is_local_main_process)
+        data = Batch.cat([digit_clips(pipe, recipe, n, recipe.seed*1_000_003+i) for i,n in enumerate(bar)])
+        for k in itertools.count(start):
+            yield data[torch.randint(len(data), (batch,), generator=random_state(recipe.seed+1, k, accelerator.process_index))].to(accelerator.device)
+    return forever()
 
 # %% ../nbs/08_train.ipynb #4e7567ef
+def read_rows(path:Path)->list[dict]:
+    "The lines of a CSV file, none where there is no file"
+    if not path.exists(): return []
+    with path.open(newline='') as f: return list(csv.DictReader(f))
+
+def write_rows(path:Path, rows:list[dict])->None:
+    "A CSV file of these lines, whole or not at all; its columns are all keys that occur"
+    out = io.StringIO()
+    table = csv.DictWriter(out, dict.fromkeys(k for o in rows for k in o), lineterminator='\n')
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, out.getvalue())
+
 def append_row(path:Path, row:dict)->None:
     "Add a line to a CSV file; a new key becomes a new column"
-    old = list(csv.DictReader(path.open(newline=''))) if path.exists() else []
-    keys = list(dict.fromkeys([*(old[0] if old else ()), *row]))
-    grown = not old or len(keys)>len(old[0])
-    with path.open('w' if grown else 'a', newline='') as f:
-        out = csv.DictWriter(f, keys)
-        if grown: out.writeheader()
-        out.writerows([*old,row] if grown else [row])
-
-def keep_rows(path:Path, step:int)->None:
-    "Forget the lines written after the state that a resumed run starts from"
-    if not path.exists(): return
-    rows = [o for o in csv.DictReader(path.open(newline='')) if int(o['step'])<=step]
-    path.unlink()
-    for o in rows: append_row(path, o)
+    header = path.open().readline().strip().split(',') if path.exists() else []
+    if not set(row)<=set(header): return write_rows(path, [*read_rows(path), row])
+    with path.open('a', newline='') as f: csv.DictWriter(f, header, lineterminator='\n').writerow(row)
 
 # %% ../nbs/08_train.ipynb #0f6e336f
 class Run:
     "A run's folder: `recipe.json`, `log.csv`, `samples/`, `state/` (to resume) and, at the end, `pipeline/`"
-    def __init__(self, out:str|Path, recipe:Recipe, accelerator:Accelerator, resume:bool=False):
-        self.out,self.recipe,self.accelerator,self.rows,self.clock = Path(out),recipe,accelerator,[],time.perf_counter()
-        asked = self.out/'recipe.json'
-        if asked.exists() and not resume: raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another folder")
-        if asked.exists():
-            for k,v in json.loads(asked.read_text()).items():
-                if getattr(recipe,k,None)!=v: raise RecipeError(f"{asked}: the run was started with {k} = {v}, not {getattr(recipe,k,None)}; resume it with the same recipe")
-        self.out.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, asked)
-        if recipe.tracker!='none': accelerator.init_trackers('sfv_lite', dataclasses.asdict(recipe))
+    def __init__(self,
+        verb:str,         # what is run
+        out:str|Path,     # the folder
+        recipe:Recipe,
+        accelerator:Accelerator,
+        base=None,        # the pipeline it starts from
+        resume:bool=False # go on with the run in the folder; otherwise one there is an error
+    ):
+        "Check that this may start here; nothing is written yet"
+        self.out,self.recipe,self.accelerator,self.asked = Path(out),recipe,accelerator,dict(verb=verb, base=str(base))
+        self.rows,self.clock = [],time.perf_counter()
+        file = self.out/'recipe.json'
+        if not file.exists(): return
+        if not resume: raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another folder")
+        try: before = json.loads(file.read_text())
+        except ValueError as e: raise ValueError(f"{file}: cannot be read ({e}); restore it, or start in another folder") from e
+        for k,v in (self.asked | dataclasses.asdict(recipe)).items():
+            if before.get(k)!=v: raise RecipeError(f"{file}: the run was started with {k} = {before.get(k)}, not {v}; resume it with the same command")
 
-    def load(self, ema:EMAModel)->dict:
-        "Bring back models, optimisers and average, if there is a state; how far it had come"
-        state = self.out/'state'
-        if not (state/'progress.json').exists(): return dict(step=0, micro=0)
-        self.accelerator.load_state(state)
-        progress = json.loads((state/'progress.json').read_text())
-        for p,saved in zip(ema.shadow_params, load_file(state/'ema.safetensors').values()): p.copy_(saved)
+    def load(self, ema:EMAModel)->tuple[int,int]:
+        "Bring back models, optimisers and average, if there is a state: steps and micro-batches done"
+        state,old = self.out/'state',self.out/'.state.old'
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and old.exists() and not state.exists(): os.replace(old, state) # killed between two renames
+        self.accelerator.wait_for_everyone()
+        if not state.exists(): return 0,0
+        try:
+            progress,saved = json.loads((state/'progress.json').read_text()),load_file(state/'ema.safetensors')
+            self.accelerator.load_state(state)
+        except Exception as e: raise ValueError(f"{state}: cannot be read ({' '.join(str(e).split())[:120]}); restore it, or delete it to start from step 0") from e
+        for i,p in enumerate(ema.shadow_params): p.copy_(saved[f'{i:04}'])
         ema.optimization_step = progress['ema']
-        keep_rows(self.out/'log.csv', progress['step'])
-        return progress
+        self.clock -= progress['seconds']
+        return progress['step'],progress['micro']
 
-    def save(self, ema:EMAModel, step:int, micro:int):
-        "Save everything needed to go on, whole or not at all"
-        part = self.out/'.state.part'
-        shutil.rmtree(part, ignore_errors=True)
-        self.accelerator.save_state(part)
-        save_file({f'{i:04}':p for i,p in enumerate(ema.shadow_params)}, part/'ema.safetensors')
-        (part/'progress.json').write_text(json.dumps(dict(step=step, micro=micro, ema=ema.optimization_step)))
-        replace_folder(part, self.out/'state')
+    def begin(self, step:int):
+        "Make the folder, write what was asked, forget lines of the log that came after the state"
+        if self.accelerator.is_main_process:
+            if not (self.out/'recipe.json').exists(): save_recipe(self.recipe, self.out/'recipe.json', **self.asked)
+            if rows := read_rows(self.out/'log.csv'): write_rows(self.out/'log.csv', [o for o in rows if int(o['step'])<=step])
+        if self.recipe.tracker!='none': self.accelerator.init_trackers('sfv_lite', dataclasses.asdict(self.recipe))
 
-    def log(self, step:int, row:dict, bar:tqdm):
-        "Show the newest figures; every `log_every` steps write their means to `log.csv` and to the tracker"
-        self.rows.append(row)
-        if step%self.recipe.log_every: return
-        keys = dict.fromkeys(k for o in self.rows for k in o)
-        means = {k:statistics.fmean(o[k] for o in self.rows if k in o) for k in keys}
+    @contextlib.contextmanager
+    def steps(self, step:int, total:int):
+        "Progress bar and Ctrl-C round the loop"
+        with tqdm(total=total, initial=step, desc=self.asked['verb'], disable=not self.accelerator.is_local_main_process) as self.bar, finish_step_on_ctrl_c() as asked: yield asked
+
+    def after_step(self, step:int, micro:int, ema:EMAModel, show=None):
+        "Once in a while: a line of the log, a moving picture of what `show()` returns, the state on disk"
+        self.bar.update()
+        if step%self.recipe.log_every==0: self.log(step)
+        if show and step%self.recipe.sample_every==0: self.sample(step, show())
+        if step%self.recipe.save_every==0: self.save(step, micro, ema)
+
+    def log(self, step:int):
+        "Means of the figures since the last line, to the bar, `log.csv` and the tracker"
+        if not self.rows: return
+        means = {k:statistics.fmean(o[k] for o in self.rows if k in o) for k in dict.fromkeys(k for o in self.rows for k in o)}
         self.rows.clear()
-        bar.set_postfix({k:f'{means[k]:.3f}' for k in ('loss','psnr','d_real','d_fake','adv','recon') if k in means})
+        self.bar.set_postfix({k:f'{means[k]:.3f}' for k in ('loss','psnr','d_real','d_fake','adv','recon') if k in means})
         if self.recipe.tracker!='none': self.accelerator.log(means, step=step)
-        append_row(self.out/'log.csv', dict(step=step, seconds=round(time.perf_counter()-self.clock,2), **means))
+        if self.accelerator.is_main_process: append_row(self.out/'log.csv', dict(step=step, seconds=round(time.perf_counter()-self.clock,2), **means))
 
-    def sample(self, step:int, pipe, rows:list[Tensor]):
-        "Save clips as one moving picture, a line a list of latents"
-        x = torch.cat([decode(pipe.vae, o) for o in rows])
-        save_clip(tile(x, cols=len(rows[0]), scale=2), self.out/'samples'/f'step_{step:06}.gif', self.recipe.fps)
+    def sample(self, step:int, x:Tensor):
+        "Save clips `(2n t 3 h w)`, n real and n made, as one moving picture"
+        if self.accelerator.is_main_process: save_clip(tile(x, cols=len(x)//2, scale=2), self.out/'samples'/f'step_{step:06}.gif', self.recipe.fps)
+
+    def save(self, step:int, micro:int, ema:EMAModel):
+        "Save everything needed to go on, whole or not at all"
+        self.log(step)
+        part,main,wait = self.out/'.state.part',self.accelerator.is_main_process,self.accelerator.wait_for_everyone
+        if main: shutil.rmtree(part, ignore_errors=True)
+        wait()
+        self.accelerator.save_state(part)
+        wait()
+        if main:
+            save_file({f'{i:04}':p for i,p in enumerate(ema.shadow_params)}, part/'ema.safetensors')
+            write_text(part/'progress.json', json.dumps(dict(step=step, micro=micro, ema=ema.optimization_step, seconds=time.perf_counter()-self.clock)))
+            replace_folder(part, self.out/'state')
+        wait()
+
+    def finish(self, step:int, micro:int, total:int, ema:EMAModel, pipe, model:nn.Module)->Path:
+        "Save the state and, when all steps are done, the averaged model as a pipeline folder"
+        self.save(step, micro, ema)
+        if step<total: raise KeyboardInterrupt(f"stopped after step {step} of {total}; go on with --resume")
+        if self.recipe.tracker!='none': self.accelerator.end_training()
+        with averaged(ema, model):
+            if self.accelerator.is_main_process: save_pipeline(pipe, self.out/'pipeline')
+        self.accelerator.wait_for_everyone()
+        return self.out/'pipeline'
 
 # %% ../nbs/08_train.ipynb #fcba6da7
 @contextlib.contextmanager
@@ -205,90 +281,108 @@ def psnr(
     y:Tensor  # alike
 )->float:     # decibels, over all of it
     "Peak signal-to-noise ratio: the range is 2, so the peak's square is 4"
-    return float(10*torch.log10(4/(x-y).square().mean()))
+    return (10*torch.log10(4/(x-y).square().mean())).item()
 
+def vae_loss(
+    vae,            # an `AutoencoderKLTemporalDecoder`
+    x:Tensor,       # clips `(b t 3 h w)` in [-1, 1]
+    generator:torch.Generator
+)->tuple[Tensor,float]: # scalar, PSNR of the reconstruction in decibels
+    "L1 + L2 of the pixels, and a little KL that keeps the latents near a normal law"
+    frames = rearrange(x, 'b t c h w -> (b t) c h w')
+    posterior = vae.encode(frames).latent_dist
+    z = posterior.mean + posterior.std*torch.randn(posterior.mean.shape, generator=generator).to(x)
+    y = vae.decode(z, num_frames=x.shape[1]).sample
+    return F.l1_loss(y, frames) + F.mse_loss(y, frames) + 1e-5*posterior.kl().mean()/z[0].numel(), psnr(y.detach(), frames)
+
+# %% ../nbs/08_train.ipynb #ed3dd4d4
 def train_vae(
     recipe:Recipe,
     out:str|Path,       # the run's folder
     resume:bool=False   # go on where the run in `out` stopped
 )->Path:                # a pipeline folder with this VAE, a random image tower and an untrained UNet
-    "Train the digits pipeline's VAE on moving digits: L1 + L2 and a little KL; then set `scaling_factor` to 1/std of its latents"
-    acc,pipe = make_accelerator(recipe, out),digits_pipeline(recipe.seed)
-    run,ema = Run(out, recipe, acc, resume),EMAModel(pipe.vae.parameters(), decay=.99)
+    "Train the digits pipeline's VAE on moving digits, in fp32 and one process; then set `scaling_factor` to 1/std of its latents"
+    acc = make_accelerator(dataclasses.replace(recipe, precision='no', accumulation=1), out)
+    if acc.num_processes>1: raise RecipeError(f"recipe [{recipe.name}]: the VAE is trained by one process, not {acc.num_processes}")
+    run,pipe = Run('vae', out, recipe, acc, resume=resume),digits_pipeline(recipe.seed).to(acc.device)
+    ema = EMAModel(pipe.vae.parameters(), decay=.99, foreach=True)
     vae,opt = acc.prepare(pipe.vae, torch.optim.AdamW(pipe.vae.parameters(), lr=recipe.vae_lr, weight_decay=0.))
-    step = run.load(ema)['step']
-    with tqdm(total=recipe.vae_steps, initial=step, desc='vae', disable=not acc.is_local_main_process) as bar, finish_step_on_ctrl_c() as asked:
-        while step<recipe.vae_steps and not asked:
-            x,_ = moving_digits(recipe.vae_batch, recipe.seed+step)
-            frames = rearrange(x, 'b t c h w -> (b t) c h w').to(acc.device)
-            posterior = vae.encode(frames).latent_dist
-            z = posterior.mean + posterior.std*torch.randn(posterior.mean.shape, generator=random_state(recipe.seed, step)).to(frames)
-            y = vae.decode(z, num_frames=x.shape[1]).sample
-            loss = F.l1_loss(y, frames) + F.mse_loss(y, frames) + 1e-5*posterior.kl().mean()/z[0].numel()
+    step,_ = run.load(ema)
+    run.begin(step)
+    with run.steps(step, recipe.vae_steps) as asked:
+        while step<recipe.vae_steps:
+            x = moving_digits(recipe.vae_batch, recipe.seed+step)[0].to(acc.device)
+            loss,quality = vae_loss(vae, x, random_state(recipe.seed, step))
             acc.backward(loss)
             set_rate(opt, recipe.vae_lr*rate(step, recipe.vae_steps, 20, 'cosine'))
             opt.step()
             opt.zero_grad()
             ema.step(vae.parameters())
             step += 1
-            bar.update()
-            run.log(step, dict(loss=float(loss), psnr=psnr(y, frames)), bar)
-            if step%recipe.save_every==0: run.save(ema, step, step)
-    run.save(ema, step, step)
-    if asked: raise KeyboardInterrupt(f"stopped after step {step} of {recipe.vae_steps}; go on with --resume")
-    with averaged(ema, vae):
-        x,_ = moving_digits(256, recipe.seed, 'train')
-        pipe.vae.register_to_config(scaling_factor=1/float(encode(pipe, x).latents.std()))
-        return save_pipeline(pipe, run.out/'pipeline')
+            run.rows.append(dict(loss=loss.item(), psnr=quality))
+            run.after_step(step, step, ema)
+            if asked: break
+        with averaged(ema, vae): std = encode(pipe, moving_digits(256, recipe.seed)[0]).latents.std().item()
+        pipe.vae.register_to_config(scaling_factor=1/std)
+        return run.finish(step, step, recipe.vae_steps, ema, pipe, vae)
 
-# %% ../nbs/08_train.ipynb #9e84b40f
+# %% ../nbs/08_train.ipynb #51b4a799
+def edm_loss(
+    D,             # `Denoiser`
+    batch:Batch,
+    levels,        # law of σ, such as `LogNormal(.7, 1.6)`
+    dropout:float, # share of clips whose picture is taken away
+    generator:torch.Generator
+)->Tensor:         # scalar
+    "Eq. (1): weighted squared error of the denoiser, one noise level a clip"
+    x0 = batch.latents
+    sigma = levels.sample(len(x0), generator).to(x0)
+    cond = drop_condition(batch.cond, dropout, generator)
+    x0_hat = D(add_noise(x0, sigma, torch.randn(x0.shape, generator=generator).to(x0)), sigma, cond)
+    return (loss_weight(sigma)*(x0_hat-x0).square().flatten(1).mean(1)).mean()
+
+# %% ../nbs/08_train.ipynb #a49bac87
 def pretrain(
     recipe:Recipe,
     out:str|Path,             # the run's folder
-    data=None,                # None: the built-in moving digits
+    data=None,                # what makes batches, called like `digit_batches`; None: that, the built-in moving digits
     base="digits-teacher",    # whose VAE and image tower to use; its UNet is not looked at
     resume:bool=False         # go on where the run in `out` stopped
 )->Path:                      # the teacher's pipeline folder
     "Train a UNet from nothing by the EDM loss, eq. (1), as SVD was: the teacher"
-    acc,pipe = make_accelerator(recipe, out),load_pipeline(base)
-    run = Run(out, recipe, acc, resume)
-    torch.manual_seed(recipe.seed)
+    acc,r = make_accelerator(recipe, out),recipe
+    run,pipe = Run('pretrain', out, r, acc, base, resume),load_pipeline(base)
+    torch.manual_seed(r.seed)
     pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config))
-    D = Denoiser(pipe.unet).train()
-    ema = EMAModel(D.parameters(), decay=recipe.teacher_ema, foreach=True)
-    D,opt = acc.prepare(D, torch.optim.AdamW(D.parameters(), lr=recipe.teacher_lr, weight_decay=0.))
-    step,micro = (o := run.load(ema))['step'],o['micro']
-    levels,total = LogNormal(recipe.teacher_P_mean, recipe.teacher_P_std),recipe.teacher_steps
-    batches = digit_batches(pipe, recipe, micro_batch(recipe, recipe.teacher_batch, acc), acc, micro)
-    held = next(batches)[:8]
-    with tqdm(total=total, initial=step, desc='pretrain', disable=not acc.is_local_main_process) as bar, finish_step_on_ctrl_c() as asked:
-        while step<total and not asked:
-            batch,g = next(batches),random_state(recipe.seed, micro, acc.process_index)
-            x0 = batch.latents
+    D = Denoiser(pipe.to(acc.device).unet).train()
+    ema = EMAModel(D.parameters(), decay=r.teacher_ema, foreach=True)
+    D,opt = acc.prepare(D, torch.optim.AdamW(D.parameters(), lr=r.teacher_lr, weight_decay=0.))
+    step,micro = run.load(ema)
+    batches = (data or digit_batches)(pipe, r, micro_batch(r, r.teacher_batch, acc), acc, micro)
+    run.begin(step)
+    held = digit_clips(pipe, r, 8, r.seed, 'test').to(acc.device)
+    def show():
+        with averaged(ema, D): made = sample_euler(D, held.cond, fixed_noise(held), karras_sigmas(25).flip(0))
+        return decode(pipe.vae, torch.cat([held.latents, made]))
+    with run.steps(step, r.teacher_steps) as asked:
+        while step<r.teacher_steps:
             with acc.accumulate(D):
-                sigma = levels.sample(len(x0), g).to(x0)
-                cond = drop_condition(batch.cond, recipe.cond_dropout, g)
-                x0_hat = D(add_noise(x0, sigma, torch.randn(x0.shape, generator=g).to(x0)), sigma, cond)
-                loss = (loss_weight(sigma)*(x0_hat-x0).square().flatten(1).mean(1)).mean()
+                loss = edm_loss(D, next(batches), LogNormal(r.teacher_P_mean,r.teacher_P_std), r.cond_dropout, random_state(r.seed, micro, acc.process_index))
                 acc.backward(loss)
-                if acc.sync_gradients: norm = acc.clip_grad_norm_(D.parameters(), recipe.clip_norm or math.inf)
-                set_rate(opt, recipe.teacher_lr*rate(step, total, recipe.teacher_warmup, recipe.schedule))
+                run.rows.append(dict(loss=loss.item()))
+                if acc.sync_gradients: run.rows[-1]['grad'] = acc.clip_grad_norm_(D.parameters(), r.clip_norm or math.inf).item()
+                set_rate(opt, r.teacher_lr*rate(step, r.teacher_steps, r.teacher_warmup, r.schedule))
                 opt.step()
                 opt.zero_grad()
             micro += 1
             if not acc.sync_gradients: continue
             ema.step(D.parameters())
             step += 1
-            bar.update()
-            run.log(step, dict(loss=float(loss), grad=float(norm)), bar)
-            if step%recipe.sample_every==0:
-                with averaged(ema, D): run.sample(step, pipe, [held.latents, sample_euler(D, held.cond, fixed_noise(held), karras_sigmas(25).flip(0))])
-            if step%recipe.save_every==0: run.save(ema, step, micro)
-    run.save(ema, step, micro)
-    if asked: raise KeyboardInterrupt(f"stopped after step {step} of {total}; go on with --resume")
-    with averaged(ema, D): return save_pipeline(pipe, run.out/'pipeline')
+            run.after_step(step, micro, ema, show)
+            if asked: break
+        return run.finish(step, micro, r.teacher_steps, ema, pipe, D)
 
-# %% ../nbs/08_train.ipynb #a49bac87
+# %% ../nbs/08_train.ipynb #5864ade2
 @dataclass
 class State:
     "All that one step of `distil` reads and writes"
@@ -307,7 +401,7 @@ class State:
 
     @classmethod
     def create(cls, pipe, recipe:Recipe, accelerator:Accelerator)->'State':
-        "Generator and discriminator from one pre-trained UNet (§3.3)"
+        "Generator and discriminator from the UNet of one pre-trained pipeline (§3.3); the pipeline's UNet becomes G"
         torch.manual_seed(recipe.seed)
         D = Discriminator(pipe.unet, recipe.spatial, recipe.temporal, tap=recipe.tap, width=recipe.head_width).to(accelerator.device)
         G = Denoiser(pipe.unet).train()
@@ -315,16 +409,15 @@ class State:
         G,heads,opt_g,opt_d = accelerator.prepare(G, D.heads, make_optimizer(G.parameters(), recipe, recipe.lr_g), make_optimizer(D.heads.parameters(), recipe, recipe.lr_d))
         return cls(recipe, accelerator, G, D, heads, opt_g, opt_d, ema, UniformLevels(recipe.T_g), DiscreteLogNormal(recipe.T_d, recipe.P_mean, recipe.P_std))
 
-# %% ../nbs/08_train.ipynb #b935990d
+# %% ../nbs/08_train.ipynb #ff151c6b
 def descend(
     s:'State',
     joint:bool # whether G steps too
-)->dict[str,float]: # gradient norms before clipping
+)->dict[str,Tensor]: # gradient norms before clipping
     "Set both rates, clip, step both optimisers, move the average"
     r,limit,norms = s.recipe,s.recipe.clip_norm or math.inf,{}
-    done = s.step-r.head_start
-    factor = rate(max(done,0), r.steps, 0, r.schedule)
-    set_rate(s.opt_d, r.lr_d*factor*rate(s.step, r.steps, r.warmup))
+    done = s.step-r.head_start # steps of G
+    set_rate(s.opt_d, r.lr_d*rate(s.step, r.steps, r.warmup)*rate(max(done,0), r.steps, 0, r.schedule)) # rises from its own start, falls with G's
     norms['grad_d'] = s.accelerator.clip_grad_norm_(s.heads.parameters(), limit)
     s.opt_d.step()
     if joint:
@@ -336,54 +429,75 @@ def descend(
     s.opt_g.zero_grad()
     return norms
 
-# %% ../nbs/08_train.ipynb #5864ade2
+# %% ../nbs/08_train.ipynb #fd251be3
+def loss_of_d(
+    s:'State',
+    real:list[Tensor], # features of real clips, without a graph
+    fake:list[Tensor], # features of generated clips; their graph is not entered
+    sigma:Tensor,      # `(b,)`, σ'
+    cond:Condition
+)->tuple[Tensor,dict]: # scalar to descend, figures for the log
+    "Eq. (11): hinge on real and fake, and R1 when it is due; the heads see both halves in one pass"
+    r = s.recipe
+    logits = s.heads([torch.cat([a, b.detach()]) for a,b in zip(real,fake)], sigma.repeat(2), Condition.cat([cond,cond]))
+    says = {who:Logits(*([o.chunk(2)[i] for o in maps] for maps in logits)) for i,who in enumerate(('real','fake'))}
+    loss_real,loss_fake = hinge_d(says['real'], says['fake'])
+    log = dict(d_real=loss_real, d_fake=loss_fake) | {f'{who}_{kind}{i}':o.mean() for who,o in says.items() for kind,maps in o._asdict().items() for i,o in enumerate(maps)}
+    loss = loss_real + loss_fake
+    if r.gamma and s.step%r.r1_every==0:
+        with s.accelerator.autocast(): log['r1'] = r1(s.D.heads, real, sigma, cond)
+        loss = loss + r.gamma*r.r1_every*log['r1']
+    return loss,log
+
+def loss_of_g(
+    s:'State',
+    x0_hat:Tensor,     # `(b t c h w)`, a leaf
+    x0:Tensor,         # `(b t c h w)`
+    fake:list[Tensor], # features of the leaf, with their graph
+    sigma:Tensor,      # `(b,)`, σ'
+    cond:Condition
+)->tuple[Tensor,dict]: # scalar to descend, figures for the log
+    "Eq. (10): be called real by the heads as they are, and stay near the clip"
+    with s.accelerator.autocast(): adv = hinge_g(s.D.heads(fake, sigma, cond))
+    d = x0[0].numel() if s.recipe.recon_norm=='sqrt_d' else 1
+    recon = pseudo_huber(x0_hat, x0).mean()/math.sqrt(d)
+    return adv + s.recipe.lam*recon, dict(adv=adv, recon=recon)
+
+# %% ../nbs/08_train.ipynb #2c19e73a
 def distil_step(
-    state:State,
-    batch:Batch
+    state:State, # read and written
+    batch:Batch  # one micro-batch, on the accelerator's device
 )->dict[str,float]: # losses, R1, gradient norms, mean logits of each head
     "One micro-batch of SF-V: one forward and one backward through G, one pass of the frozen encoder each for real and fake"
-    s,r,acc = state,state.recipe,state.accelerator
-    x0,cond,b = batch.latents,batch.cond,len(batch)
-    g = random_state(r.seed, s.micro, acc.process_index)
+    s,acc,x0,cond = state,state.accelerator,batch.latents,batch.cond
+    g = random_state(s.recipe.seed, s.micro, acc.process_index)
     eps = lambda: torch.randn(x0.shape, generator=g).to(x0)
-    joint = s.step>=r.head_start                                       # D has its head start, then G joins in
+    joint = s.step>=s.recipe.head_start                                # D has its head start, then G joins in
     with acc.accumulate(s.G, s.heads):
         # 1. the generator's guess, and the place to cut its graph
-        sigma = s.sigma_g.sample(b,g).to(x0)
+        sigma = s.sigma_g.sample(len(x0),g).to(x0)
         with torch.set_grad_enabled(joint): x0_hat = s.G(add_noise(x0, sigma, eps()), sigma, cond)
         leaf = x0_hat.detach().requires_grad_(joint)
         # 2. what the frozen eye sees: same σ', fresh noise
-        sigma_d = s.sigma_d.sample(b,g).to(x0)
+        sigma_d = s.sigma_d.sample(len(x0),g).to(x0)
         with acc.autocast():
             with torch.no_grad(): real = s.D.features(add_noise(x0, sigma_d, eps()), sigma_d, cond)
             fake = s.D.features(add_noise(leaf, sigma_d, eps()), sigma_d, cond)
-        # 3. the discriminator's gradient …
-        logits = s.heads([torch.cat([f, k.detach()]) for f,k in zip(real,fake)], sigma_d.repeat(2), Condition.cat([cond,cond]))
-        says_real,says_fake = (Logits(*([o.chunk(2)[i] for o in maps] for maps in logits)) for i in range(2))
-        loss_real,loss_fake = hinge_d(says_real, says_fake)
-        log = dict(d_real=loss_real, d_fake=loss_fake)
-        loss_d = loss_real+loss_fake
-        if r.gamma and s.step%r.r1_every==0:
-            with acc.autocast(): log['r1'] = r1(s.D.heads, real, sigma_d, cond)
-            loss_d = loss_d + r.gamma*r.r1_every*log['r1']
-        acc.backward(loss_d)
-        # … and the generator's, by the same heads, cut at the leaf
+        # 3. both gradients from the same heads, G's cut at the leaf and carried through G once; then both step
+        loss,log = loss_of_d(s, real, fake, sigma_d, cond)
+        acc.backward(loss)
         if joint:
-            with acc.autocast(): adv = hinge_g(s.D.heads(fake, sigma_d, cond))
-            d = x0[0].numel() if r.recon_norm=='sqrt_d' else 1
-            recon = pseudo_huber(leaf, x0).mean()/math.sqrt(d)
-            grad, = torch.autograd.grad(adv + r.lam*recon, leaf)
-            del fake,real
+            loss,more = loss_of_g(s, leaf, x0, fake, sigma_d, cond)
+            grad, = torch.autograd.grad(loss, leaf)
+            del loss,real,fake
             acc.backward(x0_hat, gradient=grad)
-            log.update(adv=adv, recon=recon)
-        # both step
-        if acc.sync_gradients: log.update(descend(s, joint))
+            log |= more
+        if acc.sync_gradients: log |= descend(s, joint)
     s.micro += 1
     s.step += acc.sync_gradients
-    log.update({f'{who}_{kind}{i}':o.mean() for who,says in (('real',says_real),('fake',says_fake)) for kind,maps in says._asdict().items() for i,o in enumerate(maps)})
-    return {k:float(v.detach()) for k,v in log.items()}
+    return dict(zip(log, torch.stack([o.detach().float() for o in log.values()]).tolist()))
 
-# %% ../nbs/08_train.ipynb #bfa21be3
+# %% ../nbs/08_train.ipynb #24871222
 class _NoModules(ModuleTracker):
     "No table by module: the tracker's hooks refuse a leaf that `autograd.grad` is asked about, as R1 asks"
     def __enter__(self): return self
@@ -426,7 +540,7 @@ def step_parts(
     return {'G, forward and backward':generator, 'encoder on real, forward':eye_on_real, 'encoder on fake, forward and input gradient':eye_on_fake,
         'heads for D, forward and backward':heads_for_d, 'heads for G, forward and input gradient':heads_for_g, 'heads, R1':heads_r1}
 
-# %% ../nbs/08_train.ipynb #1b41dd7e
+# %% ../nbs/08_train.ipynb #d3db9d74
 def step_cost(
     recipe:Recipe,
     base="digits-teacher", # pipeline whose step is measured
@@ -445,31 +559,30 @@ def step_cost(
     total = {'part':'sum of the parts but R1', **{k:sum(o[k] for o in due) for k in ('GFLOP a clip','seconds')}}
     return [*parts, total, row('a step of distil', step)]
 
-# %% ../nbs/08_train.ipynb #d3db9d74
+# %% ../nbs/08_train.ipynb #91fa247a
 def distil(
     recipe:Recipe,
     out:str|Path,             # the run's folder
     base="digits-teacher",    # the pre-trained pipeline: a folder or the name of shipped weights
-    data=None,                # None: the built-in moving digits
+    data=None,                # what makes batches, called like `digit_batches`; None: that, the built-in moving digits
     resume:bool=False         # go on where the run in `out` stopped
 )->Path:                      # the student's pipeline folder
     "Fine-tune a pre-trained image-to-video model adversarially, until one forward pass makes the clip (§3)"
-    acc,pipe = make_accelerator(recipe, out),load_pipeline(base)
-    run,state = Run(out, recipe, acc, resume),None
-    state = State.create(pipe, recipe, acc)
-    state.step,state.micro = (o := run.load(state.ema))['step'],o['micro']
-    batches = digit_batches(pipe, recipe, micro_batch(recipe, recipe.batch, acc), acc, state.micro)
-    held = next(batches)[:8]
+    acc = make_accelerator(recipe, out)
+    run,pipe = Run('distil', out, recipe, acc, base, resume),load_pipeline(base).to(acc.device)
+    s = State.create(pipe, recipe, acc)
+    s.step,s.micro = run.load(s.ema)
+    batches = (data or digit_batches)(pipe, recipe, micro_batch(recipe, recipe.batch, acc), acc, s.micro)
+    run.begin(s.step)
+    held = digit_clips(pipe, recipe, 8, recipe.seed, 'test').to(acc.device)
+    def show():
+        with averaged(s.ema, s.G): made = sample_once(s.G, held.cond, fixed_noise(held))
+        return decode(pipe.vae, torch.cat([held.latents, made]))
     total = recipe.head_start+recipe.steps
-    with tqdm(total=total, initial=state.step, desc='distil', disable=not acc.is_local_main_process) as bar, finish_step_on_ctrl_c() as asked:
-        while state.step<total and not asked:
-            row = distil_step(state, next(batches))
+    with run.steps(s.step, total) as asked:
+        while s.step<total:
+            run.rows.append(distil_step(s, next(batches)))
             if not acc.sync_gradients: continue
-            bar.update()
-            run.log(state.step, row, bar)
-            if state.step%recipe.sample_every==0:
-                with averaged(state.ema, state.G): run.sample(state.step, pipe, [held.latents, sample_once(state.G, held.cond, fixed_noise(held))])
-            if state.step%recipe.save_every==0: run.save(state.ema, state.step, state.micro)
-    run.save(state.ema, state.step, state.micro)
-    if asked: raise KeyboardInterrupt(f"stopped after step {state.step} of {total}; go on with --resume")
-    with averaged(state.ema, state.G): return save_pipeline(pipe, run.out/'pipeline')
+            run.after_step(s.step, s.micro, s.ema, show)
+            if asked: break
+        return run.finish(s.step, s.micro, total, s.ema, pipe, s.G)

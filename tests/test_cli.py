@@ -81,7 +81,8 @@ def test_all_kinds_of_pictures_are_read(album):
 
 
 def test_sample_a_folder(album, base, tmp_path):
-    "A folder of all kinds of pictures becomes a folder of clips, one a picture, under the pictures' names; pictures of another size and shape are fitted"
+    """A folder of all kinds of pictures becomes a folder of clips, one a picture, under the pictures' names; pictures of another size and
+    shape are fitted"""
     folder,modes = shutil.copytree(album[0], tmp_path/'album'),album[1]
     Image.open(folder/'rgb.png').resize((90,50)).save(folder/'wide.jpg')
     done = sfv('sample', folder, '-o', tmp_path/'clips', '--model', base)
@@ -113,7 +114,8 @@ def test_sample_a_digit(base, tmp_path, monkeypatch, capsys):
 
 
 def test_three_runs_and_a_clip(tmp_path):
-    "vae → pretrain → distil → sample, each from the run folder of the one before, each run with its recipe, log, state, picture and a pipeline that opens"
+    """vae → pretrain → distil → sample, each from the run folder of the one before, each run with its recipe, log, state, picture and a
+    pipeline that opens"""
     before = None
     for verb in ('vae','pretrain','distil'):
         done = sfv(verb, '-o', tmp_path/verb, *QUICK, *(['--base', before] if before else []))
@@ -121,7 +123,8 @@ def test_three_runs_and_a_clip(tmp_path):
         assert done.stdout.strip()==str(tmp_path/verb/'pipeline')
         made = {o.name for o in (tmp_path/verb).iterdir()}
         assert made-{'samples'}=={'recipe.json','log.csv','state','pipeline'} and ('samples' in made or verb=='vae')
-        assert json.loads((tmp_path/verb/'recipe.json').read_text())==vars(Recipe.load('digits', **{k:v for k,v in (o.split('=') for o in QUICK[1::2])}))
+        asked = json.loads((tmp_path/verb/'recipe.json').read_text())
+        assert asked.items() >= {**vars(Recipe.load('digits', **dict(o.split('=') for o in QUICK[1::2]))), 'verb':verb, 'base':str(before)}.items()
         before = tmp_path/verb
     vae,teacher,student = (load_pipeline(tmp_path/o) for o in ('vae','pretrain','distil'))
     assert teacher.vae.config.scaling_factor==vae.vae.config.scaling_factor!=1
@@ -137,7 +140,7 @@ def test_bench(base, tmp_path):
     done = sfv('bench', '-o', tmp_path/'bench.json', '--base', base, *sets(batch=2))
     assert done.returncode==0, done.stderr
     result = json.loads((tmp_path/'bench.json').read_text())
-    assert list(result)==['a training step','memory','one clip','start-up'] and all(f'\n{k}\n' in done.stdout for k in result)
+    assert {'a training step','memory','one clip','start-up'} <= set(result) and all(f'\n{k}\n' in done.stdout for k in result)
     assert all(o['seconds']>0 for k in ('a training step','one clip') for o in result[k])
     assert .1<result['memory'][0]['peak resident GB after these steps']<4
 

@@ -14,7 +14,8 @@ def state_and_batch(pipe):
 
 
 def test_step_costs_no_more_than_its_parts(state_and_batch):
-    "FLOPs of a whole step, with R1 and without, are within 2 % of the sum of its parts; heads take at most a quarter of it, R1 counted in every fourth step"
+    """FLOPs of a whole step, with R1 and without, are within 2 % of the sum of its parts; heads take at most a quarter of it, R1 counted
+    in every fourth step"""
     state,batch = state_and_batch
     parts = {k:count_flops(f) for k,f in step_parts(state, batch).items()}
     r1 = parts.pop('heads, R1')
@@ -39,7 +40,8 @@ def test_step_cost_reports_the_same(base):
 
 
 def test_no_flops_for_weights_that_stay(state_and_batch):
-    "The input gradient through the frozen eye, and G's gradient through the heads, cost one more forward; a backward into weights would cost two, as it does for the heads' own loss"
+    """The input gradient through the frozen eye, and G's gradient through the heads, cost one more forward; a backward into weights would
+    cost two, as it does for the heads' own loss"""
     state,batch = state_and_batch
     parts = {k:count_flops(f) for k,f in step_parts(state, batch).items()}
     eye,through_eye = parts['encoder on real, forward'],parts['encoder on fake, forward and input gradient']
@@ -70,7 +72,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='da
 
 
 def test_step_fits_a_laptop():
-    "Steps of the digits recipe at its full batch, with R1 and without, in a fresh process: at most 2 GB at their peak, Python and PyTorch included"
+    """Steps of the digits recipe at its full batch, with R1 and without, in a fresh process: at most 2 GB at their peak, Python and
+    PyTorch included"""
     done = python('-c', STEP)
     assert done.returncode==0, done.stderr
     assert .1 < float(done.stdout.split()[-1]) <= 2

@@ -26,20 +26,23 @@ def nbdev(command, *args, copy):
 def test_there_are_notebooks():
     "One a module at least, so that the tests below have something to test"
     made = {o.stem for o in (ROOT/'sfv_lite').glob('*.py')} - {'__init__','_modidx'}
-    exporting = {c.split('default_exp')[1].split()[0] for o in NOTEBOOKS for c in map(''.join, (c['source'] for c in json.loads((ROOT/o).read_text())['cells'])) if c.startswith('#| default_exp')}
+    sources = [''.join(c['source']) for o in NOTEBOOKS for c in json.loads((ROOT/o).read_text())['cells']]
+    exporting = {o.split()[2] for o in sources if o.startswith('#| default_exp')}
     assert made and made==exporting
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_notebook_runs(notebook, copy):
-    "From the first cell to the last, in a fresh process, in time, with every assertion in it; a notebook that nbdev overlooks fails as well"
+    """From the first cell to the last, in a fresh process, in time, with every assertion in it; a notebook that nbdev overlooks fails as
+    well"""
     done = nbdev('test', '--n-workers', 0, '--do-print', notebook, copy=copy)
     assert done.returncode==0 and 'Success.' in done.stdout and f'Completed {copy/notebook}' in done.stdout, done.stdout[-2000:]+done.stderr[-4000:]
 
 
 @pytest.mark.parametrize('command', ['export', 'clean'])
 def test_what_is_committed_is_current(command, copy):
-    "`nbdev-export` and `nbdev-clean` change nothing: the package is what its notebooks say, and the notebooks hold no execution counts or strange metadata"
+    """`nbdev-export` and `nbdev-clean` change nothing: the package is what its notebooks say, and the notebooks hold no execution counts
+    or strange metadata"""
     before = files(copy)
     done = nbdev(command, copy=copy)
     after = files(copy)

@@ -86,7 +86,8 @@ def test_every_default_is_explained():
 
 
 def test_settings_and_recipe_have_the_same_keys():
-    "[DEFAULT] names every key that has no default of its own, nothing else; all recipes load, so that no section holds an unknown key or a wrong value"
+    """[DEFAULT] names every key that has no default of its own, nothing else; all recipes load, so that no section holds an unknown key
+    or a wrong value"""
     ini = configparser.ConfigParser(interpolation=None)
     ini.optionxform = str
     ini.read(ROOT/'settings.ini')
@@ -102,5 +103,6 @@ def test_paper_defaults():
     ini.optionxform = str
     ini.read(ROOT/'settings.ini')
     d = ini.defaults()
-    paper = dict(frames=14, width=768, height=448, fps=7, T_g=4, T_d=1000, P_mean=-1, P_std=-1, lam=.1, lr_g=1e-5, lr_d=1e-4, momentum=.5, beta=.999, steps=50000, batch=32, accumulation=4, ema=.95)
+    paper = dict(frames=14, width=768, height=448, fps=7, T_g=4, T_d=1000, P_mean=-1, P_std=-1, lam=.1,
+        lr_g=1e-5, lr_d=1e-4, momentum=.5, beta=.999, steps=50000, batch=32, accumulation=4, ema=.95)
     assert {k:float(d[k]) for k in paper}==paper and d['optimizer']=='sm3'

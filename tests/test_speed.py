@@ -13,7 +13,8 @@ def seconds(code):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_start_up(name):
-    "`import sfv_lite` takes at most 0.3 s and `sfv-lite --help` at most 1 s more than Python itself; the best of five counts, as other work may disturb some"
+    """`import sfv_lite` takes at most 0.3 s and `sfv-lite --help` at most 1 s more than Python itself; the best of five counts, as other
+    work may disturb some"""
     code,limit = COMMANDS[name]
     pairs = [(seconds(code), seconds('pass')) for _ in range(5)]
     assert min(o for o,_ in pairs) - min(o for _,o in pairs) <= limit

@@ -31,7 +31,8 @@ def test_sampling_equals_stock(pipe, pictures, noise, steps, guidance):
 
     What remains (under 1e-3 of the norm) is arithmetic. Stock starts at √(700²+1) = 700.0007 times the noise, we at 700. And stock's Euler step,
     x − σ·(x−x̂0)/σ for the last one, takes numbers of about 2000 from each other to get latents of about 1: fp32 keeps 7 digits of the 2000."""
-    x,pil = pictures
+    n = 1 if steps>1 else 2 # clips
+    x,pil,noise = pictures[0][:n],pictures[1][:n],noise[:n]
     D,cond = Denoiser(pipe.unet).eval(),condition(pipe, x, noise_aug=AUG, generator=seeded())
     ours = lambda g: sample_euler(D, cond, noise, karras_sigmas(25).flip(0), torch.linspace(1, g, 8)) if steps>1 else sample_once(D, cond, noise)
     stock = pipe(pil, 32, 32, num_inference_steps=steps, min_guidance_scale=1., max_guidance_scale=guidance, noise_aug_strength=AUG,
@@ -41,7 +42,8 @@ def test_sampling_equals_stock(pipe, pictures, noise, steps, guidance):
 
 
 def test_conditioning_equals_stock(pipe, pictures):
-    "The three things SVD is told are what stock's private encoders make: VAE mode of the noisy picture, unscaled; CLIP of the clean one; [fps − 1, bucket, noise]"
+    """The three things SVD is told are what stock's private encoders make: VAE mode of the noisy picture, unscaled; CLIP of the clean
+    one; [fps − 1, bucket, noise]"""
     x,pil = pictures
     cond = condition(pipe, x, fps=9, motion_bucket=50, noise_aug=AUG, generator=seeded())
     noisy = pipe.video_processor.preprocess(pil, 32, 32) + AUG*torch.randn(x.shape, generator=seeded())
@@ -87,7 +89,8 @@ for folder in folders:
 
 
 def test_checkpoint_opens_without_this_package(pipe, picture, noise, tmp_path):
-    "Saved folders hold safetensors, JSON and stock class names only; plain diffusers opens them where `sfv_lite` cannot be imported, and one step gives the same clip"
+    """Saved folders hold safetensors, JSON and stock class names only; plain diffusers opens them where `sfv_lite` cannot be imported,
+    and one step gives the same clip, within a quarter of a grey level (fp32 again; fp16 weights: a few)"""
     sfv = SFVPipeline(**pipe.components)
     sfv.set_progress_bar_config(disable=True)
     folders = {'plain':save_pipeline(pipe, tmp_path/'plain'), 'sfv':tmp_path/'sfv', 'half':save_pipeline(pipe, tmp_path/'half', torch.float16)}
@@ -103,10 +106,10 @@ def test_checkpoint_opens_without_this_package(pipe, picture, noise, tmp_path):
     assert done.returncode==0, done.stderr
     expected = sfv(Image.open(picture), generator=seeded(), latents=noise[:1], output_type='np').frames
     assert expected.std()>1e-3, "a flat clip would prove nothing"
-    for name,atol in (('plain',1e-5), ('sfv',1e-5), ('half',2e-2)):
+    for name,atol in (('plain',1e-3), ('sfv',1e-3), ('half',2e-2)):
         np.testing.assert_allclose(np.load(f'{folders[name]}.npy'), expected, rtol=0, atol=atol, err_msg=name)
     again = SFVPipeline.from_pretrained(folders['plain'])
-    np.testing.assert_allclose(again(Image.open(picture), generator=seeded(), latents=noise[:1], output_type='np').frames, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(again(Image.open(picture), generator=seeded(), latents=noise[:1], output_type='np').frames, expected, rtol=0, atol=1e-3)
 
 
 def test_loading_is_exact(pipe, tmp_path):

@@ -42,7 +42,8 @@ RUNS = {'pretrain': dict(teacher_steps=10, teacher_lr=1e-3), 'distil-adamw': dic
 
 @pytest.mark.parametrize('name', RUNS)
 def test_golden_losses(name, tmp_path, request):
-    "Ten steps from a seeded untrained pipeline give the committed losses: nobody changed the mathematics or the order of random draws unawares. The recipe is pinned in golden.json"
+    """Ten steps from a seeded untrained pipeline give the committed losses: nobody changed the mathematics or the order of random draws
+    unawares. The recipe is pinned in golden.json"""
     gold = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     regold = request.config.getoption('regold')
     pinned = {} if regold else gold[name]['recipe']
@@ -62,7 +63,8 @@ def test_golden_losses(name, tmp_path, request):
 # one step -----------------------------------------------------------------------------------------
 
 def gradients(monkeypatch, accumulation):
-    "Gradients and weights of one step on four clips in so many micro-batches, in float64; clip i draws the same numbers in whatever micro-batch it comes"
+    """Gradients and weights of one step on four clips in so many micro-batches, in float64; clip i draws the same numbers in whatever
+    micro-batch it comes"""
     pipe = digits_pipeline(5)
     state,batch = new_state(pipe, batch=4, accumulation=accumulation, r1_every=3, gamma=.5)
     state = train.State.create(pipe.to(dtype=torch.float64), state.recipe, state.accelerator)
@@ -87,7 +89,8 @@ def gradients(monkeypatch, accumulation):
 
 
 def test_micro_batches_add_up(monkeypatch):
-    "Two accumulated halves, or four quarters, give the gradients of G and of the heads, R1's included, and the weights that one batch gives; float64, so that nothing hides in the rounding"
+    """Two accumulated halves, or four quarters, give the gradients of G and of the heads, R1's included, and the weights that one batch
+    gives; float64, so that nothing hides in the rounding"""
     found,after = gradients(monkeypatch, 1)
     assert all(max(o.abs().max() for o in found[k])>1e-4 for k in found)
     for accumulation in (2,4):
@@ -97,7 +100,8 @@ def test_micro_batches_add_up(monkeypatch):
 
 
 def test_frozen_is_frozen(pipe):
-    "Steps, with R1 and without, move every weight of G and of the heads, and leave the encoder as it was: no change, no gradient, no place in an optimiser"
+    """Steps, with R1 and without, move every weight of G and of the heads, and leave the encoder as it was: no change, no gradient, no
+    place in an optimiser"""
     state,batch = new_state(pipe, r1_every=2)
     nets = dict(eye=state.D.encoder, G=state.G, heads=state.heads)
     before = {k:weights(o) for k,o in nets.items()}
@@ -114,7 +118,8 @@ def test_frozen_is_frozen(pipe):
 
 
 def test_ema_is_the_average(pipe):
-    "After every step the shadow weights are d·shadow + (1−d)·G with diffusers' warm-up d = min(ema, (1+n)/(10+n)), n from 0, and d = 0 at first; they are not a copy of G"
+    """After every step the shadow weights are d·shadow + (1−d)·G with diffusers' warm-up d = min(ema, (1+n)/(10+n)), n from 0, and d = 0
+    at first; they are not a copy of G"""
     state,batch = new_state(pipe, ema=.2)
     shadow = weights(state.G)
     for step in range(4):
@@ -156,7 +161,8 @@ def whole_run(base, tmp_path_factory):
 
 @pytest.mark.parametrize('how', ['ctrl-c', 'crash'])
 def test_resumed_run_is_the_same_run(how, whole_run, base, tmp_path, monkeypatch):
-    "Ctrl-C in the third step, or a crash in the fifth (state of the third on disk, fourth in the log): the resumed run ends with the bits of the run in one go, weights, average and log"
+    """Ctrl-C in the third step, or a crash in the fifth (state of the third on disk, fourth in the log): the resumed run ends with the
+    bits of the run in one go, weights, average and log"""
     step,calls = train.distil_step,[]
     def cut_off(*args):
         calls.append(1)
@@ -194,10 +200,12 @@ def test_pretraining_resumes_too(base, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_from_outside(base, tmp_path):
-    "SIGINT to a running `sfv-lite distil`: the step is finished, the state saved whole, one line says how to go on, no half pipeline lies about; `--resume` finishes the run"
+    """SIGINT to a running `sfv-lite distil`: the step is finished, the state saved whole, one line says how to go on, no half pipeline
+    lies about; `--resume` finishes the run"""
     out,limits = tmp_path/'run',sets(clips=8, batch=2, steps=16, head_start=0, log_every=1, save_every=1000, sample_every=1000)
     command = ['distil', '--base', base, '-o', out, *limits]
-    process = subprocess.Popen([sys.executable, '-c', 'import sys; from sfv_lite.cli import main; sys.exit(main())', *map(str, command)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', 'import sys; from sfv_lite.cli import main; sys.exit(main())', *map(str, command)],
+        stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic()+120
     while not (out/'log.csv').exists() and process.poll() is None and time.monotonic()<deadline: time.sleep(.05)
     process.send_signal(signal.SIGINT)
@@ -216,7 +224,8 @@ def test_ctrl_c_from_outside(base, tmp_path):
 
 
 def test_a_run_is_not_overwritten(whole_run, base, capsys):
-    "A folder that holds a run is refused without --resume, and with --resume when the recipe is another one, naming the key; not a byte of it changes"
+    """A folder that holds a run is refused without --resume, and with --resume when the recipe is another one, naming the key; not a byte
+    of it changes"""
     before = files(whole_run)
     command = ['distil', '--base', str(base), '-o', str(whole_run), *sets(**{**TINY, **STEPS})]
     assert main(command)!=0
@@ -225,3 +234,5 @@ def test_a_run_is_not_overwritten(whole_run, base, capsys):
     said = capsys.readouterr().err
     assert 'lam = 0.1' in said and '0.25' in said and len(said.splitlines())==1, said
     assert files(whole_run)==before
+    assert main([*command, '--resume', '--base', 'digits'])!=0
+    assert 'base = ' in capsys.readouterr().err and files(whole_run)==before
