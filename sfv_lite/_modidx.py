@@ -151,6 +151,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sfv_lite.train.make_optimizer': ('train.html#make_optimizer', 'sfv_lite/train.py'),
                                 'sfv_lite.train.micro_batch': ('train.html#micro_batch', 'sfv_lite/train.py'),
                                 'sfv_lite.train.pretrain': ('train.html#pretrain', 'sfv_lite/train.py'),
+                                'sfv_lite.train.progress': ('train.html#progress', 'sfv_lite/train.py'),
                                 'sfv_lite.train.psnr': ('train.html#psnr', 'sfv_lite/train.py'),
                                 'sfv_lite.train.random_state': ('train.html#random_state', 'sfv_lite/train.py'),
                                 'sfv_lite.train.rate': ('train.html#rate', 'sfv_lite/train.py'),

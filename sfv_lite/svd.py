@@ -272,6 +272,8 @@ def load_pipeline(
 ):                # a stock `StableVideoDiffusionPipeline` in fp32
     "Open a pipeline from disk; nothing is downloaded"
     folder = pipeline_folder(path)
+    missing = [o for o in json.loads((folder/'model_index.json').read_text()) if o[0]!='_' and not (folder/o).is_dir()]
+    if missing: raise FileNotFoundError(f"{folder}: lacks {', '.join(missing)}; a pipeline needs every folder that its model_index.json names")
     with quietly():
         from diffusers import StableVideoDiffusionPipeline
         try: pipe = StableVideoDiffusionPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
