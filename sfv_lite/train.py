@@ -10,7 +10,7 @@ __all__ = ['random_state', 'computes_in_bf16', 'make_accelerator', 'progress', '
            'distil']
 
 # %% ../nbs/08_train.ipynb #baac2634
-import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, time
+import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -273,6 +273,9 @@ class Run:
 def finish_step_on_ctrl_c():
     "Yield a list that is empty until Ctrl-C is pressed; the step in progress ends first, a second Ctrl-C stops at once"
     asked = []
+    if threading.current_thread() is not threading.main_thread(): # only the main thread hears of signals
+        yield asked
+        return
     def ask(*_):
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -280,7 +283,7 @@ def finish_step_on_ctrl_c():
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/08_train.ipynb #ed3dd4d4
+# %% ../nbs/08_train.ipynb #b945c2af
 def psnr(
     x:Tensor, # `(b ...)` in [-1, 1]
     y:Tensor  # alike
@@ -300,7 +303,7 @@ def vae_loss(
     y = vae.decode(z, num_frames=x.shape[1]).sample
     return F.l1_loss(y, frames) + F.mse_loss(y, frames) + 1e-5*posterior.kl().mean()/z[0].numel(), psnr(y.detach(), frames)
 
-# %% ../nbs/08_train.ipynb #9e84b40f
+# %% ../nbs/08_train.ipynb #ed3dd4d4
 def train_vae(
     recipe:Recipe,
     out:str|Path,       # the run's folder
@@ -331,7 +334,7 @@ def train_vae(
         pipe.vae.register_to_config(scaling_factor=1/std)
         return run.finish(step, step, recipe.vae_steps, ema, pipe, vae)
 
-# %% ../nbs/08_train.ipynb #a934d5a7
+# %% ../nbs/08_train.ipynb #51b4a799
 def edm_loss(
     D,             # `Denoiser`
     batch:Batch,
@@ -346,7 +349,7 @@ def edm_loss(
     x0_hat = D(add_noise(x0, sigma, torch.randn(x0.shape, generator=generator).to(x0)), sigma, cond)
     return (loss_weight(sigma)*(x0_hat-x0).square().flatten(1).mean(1)).mean()
 
-# %% ../nbs/08_train.ipynb #b935990d
+# %% ../nbs/08_train.ipynb #a49bac87
 def pretrain(
     recipe:Recipe,
     out:str|Path,             # the run's folder
@@ -387,7 +390,7 @@ def pretrain(
             if asked: break
         return run.finish(step, micro, r.teacher_steps, ema, pipe, D)
 
-# %% ../nbs/08_train.ipynb #ff151c6b
+# %% ../nbs/08_train.ipynb #5864ade2
 @dataclass
 class State:
     "All that one step of `distil` reads and writes"
@@ -414,7 +417,7 @@ class State:
         G,heads,opt_g,opt_d = accelerator.prepare(G, D.heads, make_optimizer(G.parameters(), recipe, recipe.lr_g), make_optimizer(D.heads.parameters(), recipe, recipe.lr_d))
         return cls(recipe, accelerator, G, D, heads, opt_g, opt_d, ema, UniformLevels(recipe.T_g), DiscreteLogNormal(recipe.T_d, recipe.P_mean, recipe.P_std))
 
-# %% ../nbs/08_train.ipynb #fd251be3
+# %% ../nbs/08_train.ipynb #ff151c6b
 def descend(
     s:'State',
     joint:bool # whether G steps too
@@ -434,7 +437,7 @@ def descend(
     s.opt_g.zero_grad()
     return norms
 
-# %% ../nbs/08_train.ipynb #2c19e73a
+# %% ../nbs/08_train.ipynb #fd251be3
 def loss_of_d(
     s:'State',
     real:list[Tensor], # features of real clips, without a graph
@@ -468,7 +471,7 @@ def loss_of_g(
     recon = pseudo_huber(x0_hat, x0).mean()/math.sqrt(d)
     return adv + s.recipe.lam*recon, dict(adv=adv, recon=recon)
 
-# %% ../nbs/08_train.ipynb #1414b27c
+# %% ../nbs/08_train.ipynb #2c19e73a
 def distil_step(
     state:State, # read and written
     batch:Batch  # one micro-batch, on the accelerator's device
@@ -502,7 +505,7 @@ def distil_step(
     s.step += acc.sync_gradients
     return dict(zip(log, torch.stack([o.detach().float() for o in log.values()]).tolist()))
 
-# %% ../nbs/08_train.ipynb #d3db9d74
+# %% ../nbs/08_train.ipynb #24871222
 class _NoModules(ModuleTracker):
     "No table by module: the tracker's hooks refuse a leaf that `autograd.grad` is asked about, as R1 asks"
     def __enter__(self): return self
@@ -545,7 +548,7 @@ def step_parts(
     return {'G, forward and backward':generator, 'encoder on real, forward':eye_on_real, 'encoder on fake, forward and input gradient':eye_on_fake,
         'heads for D, forward and backward':heads_for_d, 'heads for G, forward and input gradient':heads_for_g, 'heads, R1':heads_r1}
 
-# %% ../nbs/08_train.ipynb #58c13e79
+# %% ../nbs/08_train.ipynb #d3db9d74
 def step_cost(
     recipe:Recipe,
     base="digits-teacher", # pipeline whose step is measured
@@ -564,7 +567,7 @@ def step_cost(
     total = {'part':'sum of the parts but R1', **{k:sum(o[k] for o in due) for k in ('GFLOP a clip','seconds')}}
     return [*parts, total, row('a step of distil', step)]
 
-# %% ../nbs/08_train.ipynb #9682ddcf
+# %% ../nbs/08_train.ipynb #91fa247a
 def distil(
     recipe:Recipe,
     out:str|Path,             # the run's folder

@@ -199,7 +199,7 @@ def save_clip(
     try:
         writers[path.suffix.lower()](to_uint8(rearrange(x, 't c h w -> t h w c')), part, fps)
         os.replace(part, path)
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
+    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from e
     finally: part.unlink(missing_ok=True)
     return path
 
