@@ -14,7 +14,7 @@ import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, sign
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -54,8 +54,9 @@ def make_accelerator(
     out:str|Path|None=None  # where a tracker writes
 )->Accelerator:             # raises `RecipeError` where the tracker is not installed
     "accelerate, set up as the recipe says"
-    bf16 = recipe.precision=='bf16' or (recipe.precision=='auto' and computes_in_bf16(PartialState().device))
     AcceleratorState._reset_state() # a second run in the same process may want another precision
+    bf16 = recipe.precision=='bf16' or (recipe.precision=='auto' and computes_in_bf16(Accelerator().device))
+    AcceleratorState._reset_state() # what was asked for its device only
     tracker = None if recipe.tracker=='none' else recipe.tracker
     accelerator = Accelerator(mixed_precision='bf16' if bf16 else 'no', gradient_accumulation_steps=recipe.accumulation, log_with=tracker, project_dir=out and str(out))
     if tracker and not accelerator.log_with: raise RecipeError(f"recipe [{recipe.name}] tracker = {tracker}: is not installed; pip install {tracker}, or set tracker = none")

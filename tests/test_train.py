@@ -236,3 +236,26 @@ def test_a_run_is_not_overwritten(whole_run, base, capsys):
     assert files(whole_run)==before
     assert main([*command, '--resume', '--base', 'digits'])!=0
     assert 'base = ' in capsys.readouterr().err and files(whole_run)==before
+
+
+def test_two_processes_share_a_run(base, tmp_path):
+    """Two gloo processes: one log, one state, one pipeline, and the weights of both are the same at the end (the state that rank 0 wrote
+    is the one a run of one process would go on from)"""
+    script = """if 1:
+        import sys, torch, torch.distributed as dist
+        from sfv_lite import train
+        from sfv_lite.recipe import Recipe
+        states,create = [],train.State.create
+        train.State.create = lambda *a: states.append(create(*a)) or states[-1]
+        train.distil(Recipe.load('digits', **eval(sys.argv[3])), sys.argv[2], sys.argv[1])
+        mine = torch.cat([p.detach().flatten() for net in (states[0].G,states[0].heads) for p in net.parameters()])
+        sums = [torch.zeros(2) for _ in range(2)]
+        dist.all_gather(sums, torch.stack([mine.norm(), mine.sum()]))
+        assert dist.get_world_size()==2 and torch.equal(*sums), sums"""
+    out,overrides = tmp_path/'run',{**TINY, **dict(steps=3, head_start=1, batch=4, sample_every=2)}
+    (tmp_path/'two.py').write_text(script)
+    done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, tmp_path/'two.py', base, out, repr(overrides))
+    assert done.returncode==0, done.stderr[-3000:]
+    assert [o['step'] for o in log(out)]==list('1234') and json.loads((out/'state/progress.json').read_text())['step']==4
+    assert sorted(o.name for o in out.iterdir())==['log.csv','pipeline','recipe.json','samples','state']
+    load_pipeline(out)
