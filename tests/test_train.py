@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file
-from conftest import TINY, files, recipe, sets, sfv
+from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite import train
 from sfv_lite.cli import main
 from sfv_lite.edm import add_noise
