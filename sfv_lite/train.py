@@ -125,7 +125,7 @@ def fixed_noise(batch:Batch)->Tensor:
     "The same noise every time a run shows how far it is"
     return torch.randn(batch.latents.shape, generator=random_state(0,0)).to(batch.latents)
 
-# %% ../nbs/08_train.ipynb #67156ac0
+# %% ../nbs/08_train.ipynb #f7d4f9a1
 def digit_clips(
     pipe,          # a `StableVideoDiffusionPipeline`; encoding happens where its VAE is
     recipe:Recipe,
@@ -142,7 +142,8 @@ def digit_batches(
     recipe:Recipe, # its `clips` are encoded
     batch:int,     # clips a micro-batch
     accelerator:Accelerator,
-    start:int=0    # first micro-batch, for resuming
+    start:int=0,   # first micro-batch, for resuming
+    clips=digit_clips # what makes them, called as `clips(pipe, recipe, n, seed)`
 ):                 # yields `Batch`, for ever; raises `RecipeError` where the recipe is not about digits
     "Moving digits, encoded once and then drawn at random"
     if (recipe.frames,recipe.height,recipe.width)!=(N_FRAMES,CANVAS,CANVAS) or not recipe.clips:
@@ -150,7 +151,7 @@ def digit_batches(
     def forever():
         sizes = [64]*(recipe.clips//64) + [recipe.clips%64]*(recipe.clips%64>0)
         bar = progress(accelerator, sizes, 'encode', leave=False)
-        data = Batch.cat([digit_clips(pipe, recipe, n, recipe.seed*1_000_003+i) for i,n in enumerate(bar)])
+        data = Batch.cat([clips(pipe, recipe, n, recipe.seed*1_000_003+i) for i,n in enumerate(bar)])
         for k in itertools.count(start):
             yield data[torch.randint(len(data), (batch,), generator=random_state(recipe.seed+1, k, accelerator.process_index))].to(accelerator.device)
     return forever()

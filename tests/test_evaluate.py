@@ -1,0 +1,145 @@
+"The ruler: whole evaluations, faults, the rivals' runs"
+import csv, importlib.util, json, math
+import pytest, torch
+from conftest import TINY, files, recipe, sets
+from sfv_lite import baselines, evaluate as ev
+from sfv_lite.cli import main
+from sfv_lite.svd import load_pipeline
+from sfv_lite.train import distil, digit_clips
+from sfv_lite.video import load_clip, load_image, moving_digits, save_clip
+
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory, base):
+    "A small evaluation of three ways: the folder, and what was printed"
+    out = tmp_path_factory.mktemp('evaluation')
+    assert main(['evaluate', 'digits', 'digits-teacher', f'{base}@2r', '-o', str(out), '--clips', '64'])==0
+    return out
+
+
+def test_evaluate_leaves_a_table(table, base):
+    "Markdown, CSV, JSON, a figure and moving clips, all with one line a way"
+    ways = ['digits@1','digits-teacher@1',f'{base}@2r']
+    result = json.loads((table/'table.json').read_text())
+    assert result['clips']==64 and [o['clips by'] for o in result['rows']]==ways and [o['evaluations'] for o in result['rows']]==[1,1,2]
+    assert [o['clips by'] for o in csv.DictReader((table/'table.csv').open(newline=''))]==ways
+    assert all(f'| {o} ' in (table/'table.md').read_text() for o in ways)
+    assert load_image(table/'excess.png').shape[0]==3 and len(load_clip(table/'clips.gif'))==8
+    for o in result['rows']: assert all(math.isfinite(v) for v in o.values() if isinstance(v,float)) and o['interval']>0 and o['seconds']>0
+
+
+def test_the_student_is_nearer_than_its_teacher_in_one_step(table):
+    "The shipped student's excess is at most a fifth of the teacher's at one step; noise from an untrained network is worse than either"
+    student,teacher,untrained = (o['excess'] for o in json.loads((table/'table.json').read_text())['rows'])
+    assert student<teacher/5 and untrained>teacher
+
+
+def test_rows_are_made_once(table, base):
+    "A second call finds its rows; what it writes is the same to the byte; another way is added without touching those that are there"
+    before = files(table)
+    assert main(['evaluate', 'digits', 'digits-teacher', f'{base}@2r', '-o', str(table), '--clips', '64'])==0
+    after = files(table)
+    assert {k:v for k,v in before.items() if k.startswith('rows')}=={k:v for k,v in after.items() if k.startswith('rows')}
+    assert before['table.json']==after['table.json'] and before['table.csv']==after['table.csv']
+
+
+def test_fingerprint_notices(base, tmp_path):
+    "Other steps, other clips, another seed: another row"
+    way = ev.Way(str(base))
+    prints = [ev.fingerprint(*o) for o in ((way,64,0), (way,64,1), (way,128,0), (ev.Way(str(base),2),64,0), (ev.Way(str(base),2,renoise=True),64,0), (ev.Way('digits'),64,0))]
+    assert len(set(prints))==len(prints) and ev.fingerprint(way,64,0)==prints[0]
+
+
+def test_real_clips_score_nothing():
+    "The exam's own clips have no excess and read 1 everywhere; clips by nobody do"
+    exam = ev.Exam(64)
+    ends = ev.real_ends(exam.pictures, exam.seeds)
+    real = exam.mark(exam.twin, ends)
+    assert real['excess']==pytest.approx(0, abs=1e-9) and real['distance']==pytest.approx(real['floor'])
+    assert all(real[k]==pytest.approx(1) for k in ('speed','spread','straight','sharp','diverse')) and real['frozen']==0 and real['read']>.85
+    noise = exam.mark(torch.rand(exam.twin.shape, generator=torch.Generator().manual_seed(0))*2-1, ends)
+    assert noise['excess']>10*noise['interval'] and noise['read']<.3
+
+
+def test_clips_without_light():
+    "Black clips and single colours go through every metric"
+    exam = ev.Exam(64)
+    for value in (-1.,1.):
+        x = torch.full_like(exam.twin, value)
+        assert all(math.isfinite(v) for v in exam.mark(x, x[:16,-1].unflatten(0,(2,8))).values())
+
+
+@pytest.mark.parametrize('argv,words', [
+    ([], ['name the runs']),
+    (['digits@0'], ['digits@0','MODEL@STEPS']),
+    (['nowhere'], ['nowhere','digits-teacher']),
+    (['digits','--clips','3'], ['--clips',"'3'"]),
+    (['digits','--fvd','a','b'], ['name the runs']),
+    (['--fvd','a','b'], ['--i3d']),
+    (['--fvd','a','b','--i3d','nowhere.pt'], ['nowhere.pt','nothing is downloaded']),
+    (['--fvd','empty','empty','--i3d','i3d.pt'], ['empty','no videos'])])
+def test_bad_evaluations(argv, words, tmp_path, monkeypatch, capsys):
+    "One line that names the thing, and nothing written"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'i3d.pt').write_bytes(b'')
+    before = files(tmp_path)
+    try: code = main(['evaluate', *argv])
+    except SystemExit as e: code = e.code
+    err = capsys.readouterr().err
+    assert code and len(err.splitlines())==1 and all(o in err for o in words), err
+    assert files(tmp_path)==before
+
+
+def test_judge_from_nothing(tmp_path, capsys):
+    "The verb trains a judge, writes it and says its marks; a file that is none is refused with the command that makes one"
+    assert main(['judge', '-o', str(tmp_path/'new/judge.safetensors'), '--steps', '2'])==0
+    assert 'kind' in capsys.readouterr().out and isinstance(ev.load_judge(tmp_path/'new/judge.safetensors'), ev.Judge)
+    (tmp_path/'odd.safetensors').write_bytes(b'odd')
+    with pytest.raises(ValueError, match='sfv-lite judge'): ev.load_judge(tmp_path/'odd.safetensors')
+    with pytest.raises(FileNotFoundError, match='sfv-lite judge'): ev.load_judge(tmp_path/'none.safetensors')
+
+
+def test_consistency_resumes_to_the_bit(base, tmp_path):
+    "Four steps, and two and two: the same weights; another guidance is another run"
+    class Stop(Exception): pass
+    from sfv_lite.train import digit_batches
+    def broken(*args):
+        for k,o in enumerate(digit_batches(*args)):
+            if k==2: raise Stop
+            yield o
+    r = recipe(steps=4, save_every=2)
+    with pytest.raises(Stop): baselines.consistency(r, tmp_path/'a', base, data=broken)
+    with pytest.raises(ValueError, match='guidance'): baselines.consistency(r, tmp_path/'a', base, guidance=2., resume=True)
+    a,b = baselines.consistency(r, tmp_path/'a', base, resume=True),baselines.consistency(r, tmp_path/'b', base)
+    name = 'unet/diffusion_pytorch_model.safetensors'
+    assert (a/name).read_bytes()==(b/name).read_bytes()!=(base/name).read_bytes()
+
+
+def test_ladd_trains_on_the_teachers_clips(base, tmp_path):
+    "LADD is `distil` with other numbers and other data, and no reconstruction"
+    from functools import partial
+    from sfv_lite.train import digit_batches
+    clips = baselines.teachers_clips(ev.Way(str(base),2))
+    r = recipe(steps=2, clips=8, **baselines.LADD)
+    made,real = (f(load_pipeline(base), r, 4, 0) for f in (clips,digit_clips))
+    assert not torch.equal(made.latents, real.latents) and torch.equal(made.cond.image_embeds, real.cond.image_embeds)
+    assert distil(r, tmp_path/'run', base, data=partial(digit_batches, clips=clips)).exists()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('cdfvd'), reason="needs the extra fvd")
+def test_fvd_of_two_folders(tmp_path):
+    "The literature's FVD by cd-fvd (with random I3D weights): nothing between equal folders, much to noise; everything it depends on is said"
+    from cdfvd.third_party.i3d.pytorch_i3d import InceptionI3d
+    torch.manual_seed(0)
+    torch.save(InceptionI3d(400, in_channels=3).state_dict(), tmp_path/'i3d.pt')
+    for name in ('a','b'):
+        x = moving_digits(6, seed=1)[0] if name=='a' else torch.rand(6,8,3,32,32)*2-1
+        for i,o in enumerate(x): save_clip(torch.cat([o,o.flip(0)]), tmp_path/name/f'{i}.mp4')
+    size = ['--i3d', str(tmp_path/'i3d.pt'), '--frames', '10', '--height', '64', '--width', '64', '-o', str(tmp_path/'out')]
+    def distance(a, b):
+        assert main(['evaluate', '--fvd', str(tmp_path/a), str(tmp_path/b), *size])==0
+        return json.loads((tmp_path/'out/fvd.json').read_text())
+    same,far = distance('a','a'),distance('a','b')
+    assert {k:same[k] for k in ('real','made','frames','height','width')}==dict(real=6, made=6, frames=10, height=64, width=64)
+    assert abs(same['fvd'])<1e-2*far['fvd']
