@@ -45,7 +45,7 @@ def frechet(
     cross = torch.linalg.eigvalsh(root@S2@root).clamp(min=0).sqrt().sum()
     return float((m1-m2).square().sum() + S1.trace() + S2.trace() - 2*cross)
 
-# %% ../nbs/09_evaluate.ipynb #26b8e220
+# %% ../nbs/09_evaluate.ipynb #de7545af
 KINDS = 'real','blur','grain','freeze','shuffle','swap'
 
 def spoil(
@@ -59,9 +59,9 @@ def spoil(
     n,t = x.shape[:2]
     drawn = torch.rand(n, generator=generator) if strength is None else torch.full((n,), strength)
     by_clip,when = rearrange(drawn, 'n -> n 1 1 1 1'),torch.arange(t).expand(n,t)
-    after = when >= 1+((1-drawn)*(t-3)).round()[:,None] # frames that a freeze or a swap reaches
-    if kind=='blur': x = blur(x, .4+drawn)
-    elif kind=='grain': x = (x + (.04+.2*by_clip)*torch.randn(x.shape, generator=generator)).clamp(-1,1)
+    after = when >= 1+((1-drawn)*(t-4)).round()[:,None] # frames that a freeze or a swap reaches, three at least
+    if kind=='blur': x = blur(x, .6+.9*drawn)
+    elif kind=='grain': x = (x + (.06+.2*by_clip)*torch.randn(x.shape, generator=generator)).clamp(-1,1)
     elif kind=='freeze': when = torch.where(after, (~after).sum(1,keepdim=True)-1, when)
     elif kind=='shuffle': when = torch.cat([when[:,:1], 1+torch.rand(n, t-1, generator=generator).argsort(1)], 1)
     elif kind=='swap': x = torch.where(rearrange(after, 'n t -> n t 1 1 1'), other, x)
@@ -101,30 +101,36 @@ def different(
     labels = handwritten_digits(split)[1]
     return torch.multinomial((labels!=digit[:,None]).float(), 1, generator=generator)[:,0]
 
-# %% ../nbs/09_evaluate.ipynb #15855de4
+# %% ../nbs/09_evaluate.ipynb #0b5b9def
 class Where(nn.Module):
-    "Maps `(b c h w)` to `(b 3c)`: the mean of each map, and the centre of its softmax"
+    "Maps `(b c h w)` to `(b 3c)`: the mean of each map, and the centre of its softmax, in pixels of the map from the middle"
+    def __init__(self, c:int):
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.full((c,1), 4.))
+
     def forward(self, maps:Tensor):
-        y,x = (torch.linspace(-1, 1, n) for n in maps.shape[-2:])
-        weight = maps.flatten(2).softmax(-1).view_as(maps)
-        return torch.cat([maps.mean((2,3)), (weight.sum(3)*y).sum(2), (weight.sum(2)*x).sum(2)], 1)
+        y,x = (torch.arange(n)-(n-1)/2 for n in maps.shape[-2:])
+        weight = (maps.flatten(2)*self.sharpness).softmax(-1).view_as(maps)
+        return torch.cat([maps.mean((2,3)), weight.sum(3)@y, weight.sum(2)@x], 1)
 
 class Judge(nn.Module):
     "Reads what a clip shows, which digit, and where it is; `(b t 3 h w)` to 64 features"
     def __init__(self, d:int=64):
         super().__init__()
-        conv = lambda a,b,stride: (nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
-        self.frame = nn.Sequential(*conv(3,16,1), *conv(16,32,2), *conv(32,64,2), *conv(64,64,1), nn.Conv2d(64,64,1), Where())
-        self.time = nn.Sequential(nn.Conv1d(192,128,3,padding=1), nn.SiLU(), nn.Conv1d(128,128,3,padding=1), nn.SiLU(),
+        conv = lambda a,b,stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
+        self.fine,self.coarse = nn.Sequential(conv(3,16,1), conv(16,32,2)), nn.Sequential(conv(32,64,2), conv(64,64,1))
+        self.see_fine,self.see_coarse = (nn.Sequential(nn.Conv2d(c,c,1), Where(c)) for c in (32,64))
+        self.time = nn.Sequential(nn.Conv1d(3*(32+64),128,3,padding=1), nn.SiLU(), nn.Conv1d(128,128,3,padding=1), nn.SiLU(),
             Rearrange('b c t -> b (c t)'), nn.Linear(128*N_FRAMES,d), nn.SiLU(), nn.Linear(d,d))
         self.kind,self.digit,self.centre = nn.Linear(d,len(KINDS)),nn.Linear(d,10),nn.Linear(d,2*N_FRAMES)
 
     def forward(self, x:Tensor)->Tensor:
         "Features `(b 64)`"
-        t = x.shape[1]
-        return self.time(rearrange(self.frame(rearrange(x, 'b t c h w -> (b t) c h w')), '(b t) c -> b c t', t=t))
+        fine = self.fine(rearrange(x, 'b t c h w -> (b t) c h w'))
+        seen = torch.cat([self.see_fine(fine), self.see_coarse(self.coarse(fine))], 1)
+        return self.time(rearrange(seen, '(b t) c -> b c t', b=len(x)))
 
-# %% ../nbs/09_evaluate.ipynb #023d6971
+# %% ../nbs/09_evaluate.ipynb #8692d465
 def judge_loss(
     judge:Judge,
     n:int,     # clips of each kind
@@ -136,23 +142,23 @@ def judge_loss(
     kind,one = torch.arange(len(KINDS)).repeat_interleave(n),slice(0, n*KINDS.index('swap'))
     f = judge(clips)
     says_kind,says_digit,says_centre = judge.kind(f),judge.digit(f),rearrange(judge.centre(f), 'b (t d) -> b t d', d=2)*4+CANVAS/2
-    loss = F.cross_entropy(says_kind,kind) + F.cross_entropy(says_digit[one],digit[one]) + F.mse_loss(says_centre,centre)/16
+    loss = F.cross_entropy(says_kind,kind) + F.cross_entropy(says_digit[one],digit[one]) + F.smooth_l1_loss(says_centre,centre)
     right = lambda a,b: (a.argmax(1)==b).float().mean().item()
     return loss, dict(kind=right(says_kind,kind), digit=right(says_digit[one],digit[one]), off=(says_centre-centre).norm(dim=-1).mean().item())
 
-# %% ../nbs/09_evaluate.ipynb #b4557a8c
+# %% ../nbs/09_evaluate.ipynb #664d511e
 JUDGE = WEIGHTS/'judge.safetensors'
 
 def train_judge(
     out:str|Path,   # a safetensors file
-    steps:int=1500,
+    steps:int=1000,
     seed:int=0
 )->dict:            # shares of test clips whose kind and digit are read, mean error of the centres in pixels
     "Train the judge on training digits with every kind of fault; its marks are for test digits"
     torch.manual_seed(seed)
     judge = Judge()
-    opt = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
+    opt = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
     with tqdm(range(steps), 'judge') as bar:
         for step in bar:
             loss,marks = judge_loss(judge, 12, seed*1_000_003+step)

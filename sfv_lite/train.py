@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['random_state', 'computes_in_bf16', 'make_accelerator', 'progress', 'make_optimizer', 'rate', 'set_rate', 'averaged',
-           'drop_condition', 'micro_batch', 'fixed_noise', 'digit_clips', 'digit_batches', 'read_rows', 'write_rows',
-           'append_row', 'Run', 'finish_step_on_ctrl_c', 'psnr', 'vae_loss', 'train_vae', 'edm_loss', 'pretrain',
-           'State', 'descend', 'loss_of_d', 'loss_of_g', 'distil_step', 'count_flops', 'step_parts', 'step_cost',
-           'distil']
+           'drop_condition', 'micro_batch', 'fixed_noise', 'digit_clips', 'digit_batches', 'shown_clips', 'read_rows',
+           'write_rows', 'append_row', 'Run', 'finish_step_on_ctrl_c', 'psnr', 'vae_loss', 'train_vae', 'edm_loss',
+           'pretrain', 'State', 'descend', 'loss_of_d', 'loss_of_g', 'distil_step', 'count_flops', 'step_parts',
+           'step_cost', 'distil']
 
 # %% ../nbs/08_train.ipynb #baac2634
 import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, threading, time
@@ -155,6 +155,12 @@ def digit_batches(
         for k in itertools.count(start):
             yield data[torch.randint(len(data), (batch,), generator=random_state(recipe.seed+1, k, accelerator.process_index))].to(accelerator.device)
     return forever()
+
+# %% ../nbs/08_train.ipynb #79e5cf25
+def shown_clips(pipe, recipe:Recipe, accelerator:Accelerator, data=None)->Batch:
+    "At most eight clips that a run shows being made: held-out digits, or the first of other data"
+    if data is None: return digit_clips(pipe, recipe, 8, recipe.seed, 'test').to(accelerator.device)
+    return next(data(pipe, recipe, micro_batch(recipe, recipe.batch, accelerator), accelerator))[:8]
 
 # %% ../nbs/08_train.ipynb #0f6e336f
 def read_rows(path:Path)->list[dict]:
@@ -351,7 +357,7 @@ def edm_loss(
     x0_hat = D(add_noise(x0, sigma, torch.randn(x0.shape, generator=generator).to(x0)), sigma, cond)
     return (loss_weight(sigma)*(x0_hat-x0).square().flatten(1).mean(1)).mean()
 
-# %% ../nbs/08_train.ipynb #a49bac87
+# %% ../nbs/08_train.ipynb #a425beca
 def pretrain(
     recipe:Recipe,
     out:str|Path,             # the run's folder
@@ -370,7 +376,7 @@ def pretrain(
     step,micro = run.load(ema)
     batches = (data or digit_batches)(pipe, r, micro_batch(r, r.teacher_batch, acc), acc, micro)
     run.begin(step)
-    held = digit_clips(pipe, r, 8, r.seed, 'test').to(acc.device)
+    held = shown_clips(pipe, r, acc, data)
     def show():
         with averaged(ema, D): made = sample_euler(D, held.cond, fixed_noise(held), karras_sigmas(25).flip(0))
         return decode(pipe.vae, torch.cat([held.latents, made]))
@@ -569,7 +575,7 @@ def step_cost(
     total = {'part':'sum of the parts but R1', **{k:sum(o[k] for o in due) for k in ('GFLOP a clip','seconds')}}
     return [*parts, total, row('a step of distil', step)]
 
-# %% ../nbs/08_train.ipynb #91fa247a
+# %% ../nbs/08_train.ipynb #efc4ddad
 def distil(
     recipe:Recipe,
     out:str|Path,             # the run's folder
@@ -584,7 +590,7 @@ def distil(
     s.step,s.micro = run.load(s.ema)
     batches = (data or digit_batches)(pipe, recipe, micro_batch(recipe, recipe.batch, acc), acc, s.micro)
     run.begin(s.step)
-    held = digit_clips(pipe, recipe, 8, recipe.seed, 'test').to(acc.device)
+    held = shown_clips(pipe, recipe, acc, data)
     def show():
         with averaged(s.ema, s.G): made = sample_once(s.G, held.cond, fixed_noise(held))
         return decode(pipe.vae, torch.cat([held.latents, made]))

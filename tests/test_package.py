@@ -44,7 +44,7 @@ def test_wheel_holds_only_the_package(wheel):
     "Every module, JSON and safetensors, no pickles, tests, notebooks or leftovers"
     names = [o for o in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in o]
     assert {o.name for o in (ROOT/'sfv_lite').glob('*.py')} == {Path(o).name for o in names if o.endswith('.py')}
-    assert all(o.startswith('sfv_lite/') and Path(o).suffix in ('.py','.ini','.json','.safetensors') for o in names), names
+    assert all(o.startswith('sfv_lite/') and Path(o).suffix in ('.py','.ini','.json','.safetensors','.md') for o in names), names
 
 
 def test_checkout_uses_its_root_settings():
@@ -53,13 +53,15 @@ def test_checkout_uses_its_root_settings():
 
 
 def test_weights_are_small_and_safe():
-    "Shipped weights: at most 20 MB together, UNet and VAE in fp16, safetensors and JSON only, stock class names"
+    "Shipped weights: at most 20 MB together, UNet and VAE in fp16, safetensors and JSON only, stock class names, a model card each; and the judge"
     found = [o for o in WEIGHTS.rglob('*') if o.is_file()]
     assert sum(o.stat().st_size for o in found) <= 20e6
-    assert {o.suffix for o in found} == {'.json','.safetensors'}
-    assert {o.relative_to(WEIGHTS).parts[0] for o in found} == set(SHIPPED)
+    assert {o.suffix for o in found} == {'.json','.safetensors','.md'}
+    assert {o.relative_to(WEIGHTS).parts[0] for o in found} == {*SHIPPED, 'judge.safetensors'} and (WEIGHTS/'judge.safetensors').stat().st_size <= 2e6
     for name in SHIPPED:
         assert json.loads((pretrained(name)/'model_index.json').read_text())['_class_name']=='StableVideoDiffusionPipeline'
+        card = (pretrained(name)/'README.md').read_text()
+        assert all(o in card for o in ('sfv-lite','minutes','± ','## Limits'))
         for part in ('unet','vae'): # the tower may stay in fp32: transformers opens it in the type it was saved in
             with safe_open(pretrained(name)/part/'diffusion_pytorch_model.safetensors', 'pt') as f:
                 assert {f.get_slice(k).get_dtype() for k in f.keys()} == {'F16'}, (name, part)
