@@ -12,7 +12,7 @@ from sfv_lite.svd import WEIGHTS, load_pipeline, save_pipeline
 HERE = Path(__file__).parent
 CARD = '''# {name}
 
-{what} A stock `StableVideoDiffusionPipeline` folder in fp16, made for [sfv_lite](../../../README.md): 8 frames of 32×32 pixels, latents 4×8×8.
+{what} A stock `StableVideoDiffusionPipeline` folder in fp16, made for sfv_lite: 8 frames of 32×32 pixels, latents 4×8×8.
 
 ## Made by
 
@@ -59,7 +59,7 @@ def cards():
         command='sfv-lite vae      -o runs/vae\nsfv-lite pretrain -o runs/teacher --base runs/vae', seconds=told('vae','VAE')+'\n'+told('teacher','UNet'), table=rows('digits-teacher'),
         limits="- One step of it is a blur: that is what the student is for.")
     write('digits', what="The student: one network evaluation makes the clip (SF-V).", command='sfv-lite distil -o runs/student --base digits-teacher', seconds=told('student','Student'),
-        table=rows('digits','digits-teacher'), limits="- Made for one step; several Euler steps of it are no better.")
+        table=rows('digits','digits-teacher'), limits="- Made for one step and for nothing else.")
 
 
 if __name__=='__main__':
