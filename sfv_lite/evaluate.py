@@ -192,7 +192,7 @@ def features(
     eight_bit = lambda o: ((o.clamp(-1,1)+1)*127.5).round()/127.5-1
     return torch.cat([load_judge()(eight_bit(o)) for o in x.split(256)])
 
-# %% ../nbs/09_evaluate.ipynb #0a241c6a
+# %% ../nbs/09_evaluate.ipynb #e57b802a
 def excess(
     made:Tensor,  # `(n d)`, features of made clips
     twin:Tensor,  # `(n d)`, features of the real clips whose first frames they were given
@@ -208,7 +208,7 @@ def excess(
     pick = lambda f: torch.randint(len(f), (len(f),), generator=g)
     d,floor = pair(slice(None), slice(None))
     drawn = np.subtract(*np.array([pair(pick(made), pick(real)) for _ in range(draws)]).T)
-    return dict(distance=d, floor=floor, excess=d-floor, interval=1.96*drawn.std())
+    return dict(distance=d, floor=floor, excess=d-floor, interval=1.96*float(drawn.std()))
 
 # %% ../nbs/09_evaluate.ipynb #1240abf2
 def motion(
@@ -222,13 +222,13 @@ def motion(
     return dict(speed=path.mean().item(), frozen=(~moving).float().mean().item(), spread=1-unit.mean(0).norm().item() if len(unit) else 0.,
         straight=(net.norm(dim=-1)/path.clamp(min=1e-6))[moving].mean().item() if len(unit) else 0.)
 
-# %% ../nbs/09_evaluate.ipynb #02356005
+# %% ../nbs/09_evaluate.ipynb #6791b643
 @functools.cache
 def _reader():
     "A support-vector machine on the training digits, each also a little shifted"
     from sklearn.svm import SVC
-    x,digit = moving_digits(6000, 77)
-    return SVC(C=10, gamma='scale').fit(cut_out(x[:,0]).flatten(1).numpy(), digit.numpy())
+    x,truth = moving_digits(6000, 77)
+    return SVC(C=10, gamma='scale').fit(cut_out(x[:,0]).flatten(1).numpy(), truth.digit.numpy())
 
 def cut_out(
     frames:Tensor # `(n 3 h w)` in [-1, 1]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SVD_SCHEDULER', 'WEIGHTS', 'SHIPPED', 'quietly', 'digits_pipeline', 'Condition', 'Batch', 'unet_input', 'Denoiser',
            'Encoder', 'encoder_features', 'image_embeds', 'condition', 'encode', 'decode', 'replace_folder',
-           'save_pipeline', 'pipeline_folder', 'load_pipeline', 'pretrained', 'fingerprint']
+           'save_pipeline', 'pipeline_folder', 'load_pipeline', 'pretrained']
 
-# %% ../nbs/02_svd.ipynb #dc8da603
-import contextlib, copy, hashlib, json, os, shutil
+# %% ../nbs/02_svd.ipynb #1c9b747d
+import contextlib, copy, json, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -288,14 +288,3 @@ def pretrained(
     "Where the weights lie that ship inside the package"
     if name not in SHIPPED: raise ValueError(f"no shipped weights {name!r}: must be one of {', '.join(SHIPPED)}")
     return pipeline_folder(WEIGHTS/name)
-
-# %% ../nbs/02_svd.ipynb #a82552a5
-def fingerprint(
-    pipe,      # a `StableVideoDiffusionPipeline`
-    *parts:str # such as 'vae'
-)->str:        # twelve hexadecimal digits
-    "What tells one network's weights from another's, wherever they are kept"
-    h = hashlib.sha256(str(pipe.vae.config.scaling_factor).encode())
-    for part in parts:
-        for k,v in getattr(pipe, part).state_dict().items(): h.update(k.encode() + v.float().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:12]
