@@ -67,7 +67,9 @@ from sfv_lite.video import moving_digits
 r,pipe = Recipe.load('digits', head_start=0, precision='no'),digits_pipeline()
 state,batch = State.create(pipe, r, make_accelerator(r)),encode(pipe, moving_digits(r.batch)[0])
 for _ in range(2): row = distil_step(state, batch)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/2**30)
+try: peak = next(int(o.split()[1])*1024 for o in open('/proc/self/status') if o.startswith('VmHWM')) # Linux's ru_maxrss begins at the parent's
+except OSError: peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
+print(peak/2**30)
 '''
 
 
