@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sfv_lite.train.make_accelerator': ('train.html#make_accelerator', 'sfv_lite/train.py'),
                                 'sfv_lite.train.make_optimizer': ('train.html#make_optimizer', 'sfv_lite/train.py'),
                                 'sfv_lite.train.micro_batch': ('train.html#micro_batch', 'sfv_lite/train.py'),
+                                'sfv_lite.train.one_network': ('train.html#one_network', 'sfv_lite/train.py'),
                                 'sfv_lite.train.pretrain': ('train.html#pretrain', 'sfv_lite/train.py'),
                                 'sfv_lite.train.progress': ('train.html#progress', 'sfv_lite/train.py'),
                                 'sfv_lite.train.psnr': ('train.html#psnr', 'sfv_lite/train.py'),

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'JUDGE', 'moments', 'frechet', 'spoil', 'blur', 'spoilt_digi
            'diversity', 'real_ends', 'Way', 'make_clips', 'Exam', 'table', 'brief', 'fingerprint', 'evaluate',
            'plot_excess', 'video_files', 'read_videos', 'fvd']
 
-# %% ../nbs/09_evaluate.ipynb #f90b2e85
+# %% ../nbs/09_evaluate.ipynb #b401fa3d
 import functools, hashlib, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .recipe import write_text
 from .sampling import sample_consistency, sample_euler, sample_once
 from .svd import WEIGHTS, Denoiser, condition, decode, load_pipeline, pipeline_folder
 from .train import write_rows
-from .video import CANVAS, DIGIT, N_FRAMES, centres, handwritten_digits, labelled, moving_digits, save_clip, shown
+from .video import CANVAS, DIGIT, N_FRAMES, bounce, centres, draw, handwritten_digits, labelled, load_clip, moving_digits, random_velocity, save_clip, shown, to_uint8
 
 # %% ../nbs/09_evaluate.ipynb #b29acdf1
 def moments(
@@ -247,7 +247,7 @@ def read_digits(
     "Which digit each frame shows, by a classifier that knows nothing of videos"
     return torch.from_numpy(_reader().predict(cut_out(frames).flatten(1).numpy()))
 
-# %% ../nbs/09_evaluate.ipynb #5bce7a41
+# %% ../nbs/09_evaluate.ipynb #9cca6acd
 def sharpness(
     x:Tensor # `(... h w)` in [-1, 1]
 )->float:
@@ -266,7 +266,6 @@ def real_ends(
     seed:int=0
 )->Tensor:    # `(n seeds 3 h w)`
     "Last frames of real clips that share their first frame: the same place, other velocities"
-    from sfv_lite.video import bounce, draw, random_velocity
     g = torch.Generator().manual_seed(seed)
     _,truth = moving_digits(n, seed, 'test')
     start = truth.position[:,0].repeat_interleave(seeds,0)-DIGIT/2
@@ -414,7 +413,7 @@ def plot_excess(
     ax.set(xscale='log', yscale='log', xlabel='network evaluations a clip', ylabel='excess over the floor')
     return shown(fig)
 
-# %% ../nbs/09_evaluate.ipynb #384e551e
+# %% ../nbs/09_evaluate.ipynb #56b76e1c
 def video_files(
     folder:str|Path
 )->list[Path]: # sorted
@@ -430,7 +429,6 @@ def read_videos(
     width:int
 ):              # yields uint8 arrays `(1 t h w 3)`
     "Videos one at a time, cut and resized"
-    from sfv_lite.video import load_clip, to_uint8
     for file in tqdm(files, 'fvd', disable=None):
         x = load_clip(file)[:frames]
         if len(x)<frames: raise ValueError(f"{file}: has {len(x)} frames, {frames} are needed; ask for fewer with --frames")

@@ -6,8 +6,8 @@
 __all__ = ['random_state', 'computes_in_bf16', 'make_accelerator', 'progress', 'make_optimizer', 'rate', 'set_rate', 'averaged',
            'drop_condition', 'micro_batch', 'fixed_noise', 'digit_clips', 'digit_batches', 'shown_clips', 'read_rows',
            'write_rows', 'append_row', 'Run', 'finish_step_on_ctrl_c', 'psnr', 'vae_loss', 'train_vae', 'edm_loss',
-           'pretrain', 'State', 'descend', 'loss_of_d', 'loss_of_g', 'distil_step', 'count_flops', 'step_parts',
-           'step_cost', 'distil']
+           'one_network', 'pretrain', 'State', 'descend', 'loss_of_d', 'loss_of_g', 'distil_step', 'count_flops',
+           'step_parts', 'step_cost', 'distil']
 
 # %% ../nbs/08_train.ipynb #baac2634
 import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, threading, time
@@ -357,7 +357,41 @@ def edm_loss(
     x0_hat = D(add_noise(x0, sigma, torch.randn(x0.shape, generator=generator).to(x0)), sigma, cond)
     return (loss_weight(sigma)*(x0_hat-x0).square().flatten(1).mean(1)).mean()
 
-# %% ../nbs/08_train.ipynb #a425beca
+# %% ../nbs/08_train.ipynb #81eb4f0c
+def one_network(
+    run:Run,      # begun
+    pipe,         # the pipeline that is saved at the end
+    D:nn.Module,  # `Denoiser` of its UNet, prepared by accelerate
+    opt:torch.optim.Optimizer,
+    ema:EMAModel, # of D's weights
+    loss,         # `loss(micro)`, a scalar of one micro-batch
+    at:tuple[int,int], # steps and micro-batches done
+    steps:int,
+    lr:float,
+    warmup:int,   # steps
+    show          # as for `Run.after_step`
+)->Path:          # the pipeline folder
+    "The loop of a run that trains one network: accumulate, clip, step, average"
+    acc,r,(step,micro) = run.accelerator,run.recipe,at
+    with run.steps(step, steps) as asked:
+        while step<steps:
+            with acc.accumulate(D):
+                value = loss(micro)
+                acc.backward(value)
+                run.rows.append(dict(loss=value.item()))
+                if acc.sync_gradients: run.rows[-1]['grad'] = acc.clip_grad_norm_(D.parameters(), r.clip_norm or math.inf).item()
+                set_rate(opt, lr*rate(step, steps, warmup, r.schedule))
+                opt.step()
+                opt.zero_grad()
+            micro += 1
+            if not acc.sync_gradients: continue
+            ema.step(D.parameters())
+            step += 1
+            run.after_step(step, micro, ema, show)
+            if asked: break
+        return run.finish(step, micro, steps, ema, pipe, D)
+
+# %% ../nbs/08_train.ipynb #919fe892
 def pretrain(
     recipe:Recipe,
     out:str|Path,             # the run's folder
@@ -380,23 +414,8 @@ def pretrain(
     def show():
         with averaged(ema, D): made = sample_euler(D, held.cond, fixed_noise(held), karras_sigmas(25).flip(0))
         return decode(pipe.vae, torch.cat([held.latents, made]))
-    with run.steps(step, r.teacher_steps) as asked:
-        while step<r.teacher_steps:
-            with acc.accumulate(D):
-                loss = edm_loss(D, next(batches), LogNormal(r.teacher_P_mean,r.teacher_P_std), r.cond_dropout, random_state(r.seed, micro, acc.process_index))
-                acc.backward(loss)
-                run.rows.append(dict(loss=loss.item()))
-                if acc.sync_gradients: run.rows[-1]['grad'] = acc.clip_grad_norm_(D.parameters(), r.clip_norm or math.inf).item()
-                set_rate(opt, r.teacher_lr*rate(step, r.teacher_steps, r.teacher_warmup, r.schedule))
-                opt.step()
-                opt.zero_grad()
-            micro += 1
-            if not acc.sync_gradients: continue
-            ema.step(D.parameters())
-            step += 1
-            run.after_step(step, micro, ema, show)
-            if asked: break
-        return run.finish(step, micro, r.teacher_steps, ema, pipe, D)
+    loss = lambda micro: edm_loss(D, next(batches), LogNormal(r.teacher_P_mean,r.teacher_P_std), r.cond_dropout, random_state(r.seed, micro, acc.process_index))
+    return one_network(run, pipe, D, opt, ema, loss, (step,micro), r.teacher_steps, r.teacher_lr, r.teacher_warmup, show)
 
 # %% ../nbs/08_train.ipynb #5864ade2
 @dataclass
