@@ -50,21 +50,42 @@ def load_recipe(args):
     if 'name' in keys: raise RecipeError(f"--set name={keys['name']}: unknown key; --recipe chooses the section")
     return Recipe.load(args.recipe, args.settings, **({} if args.seed is None else dict(seed=args.seed)) | keys)
 
-# %% ../nbs/11_cli.ipynb #404a49fb
+# %% ../nbs/11_cli.ipynb #41142c23
+def _prepare(args):
+    "Videos to shards of latents"
+    r = load_recipe(args)
+    from sfv_lite.data import Cutting, contact, prepare
+    from sfv_lite.edm import LogNormal
+    report = prepare(args.source, args.out, args.base, Cutting(r.frames, r.fps, r.height, r.width, args.shot), LogNormal(r.aug_mean,r.aug_std), r.seed, args.workers, args.shard, args.noisy, dry_run=args.dry_run)
+    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {r.frames} frames" + ('' if args.dry_run else f" in {report['shards']} shards"))
+    print('motion bucket  ' + '  '.join(f'{32*i}+: {n}' for i,n in enumerate(report['motion'])))
+    for o in report['refused']: print(f"  not used: {o['file']}: {o['reason']}")
+    if not args.dry_run:
+        if report['clips']: print(contact(args.out, args.base))
+        print(args.out/'report.json')
+    return 3 if report['refused'] else 0
+
+# %% ../nbs/11_cli.ipynb #c4dff60a
 def _vae(args):
     recipe = load_recipe(args)
     from sfv_lite.train import train_vae
     print(train_vae(recipe, args.out, args.resume))
 
+def _data(args):
+    "What `--data` names, or None for the built-in digits"
+    if not args.data: return None
+    from sfv_lite.data import shard_batches
+    return shard_batches(args.data)
+
 def _pretrain(args):
-    recipe = load_recipe(args)
+    recipe,data = load_recipe(args),_data(args)
     from sfv_lite.train import pretrain
-    print(pretrain(recipe, args.out, base=args.base, resume=args.resume))
+    print(pretrain(recipe, args.out, data, args.base, args.resume))
 
 def _distil(args):
-    recipe = load_recipe(args)
+    recipe,data = load_recipe(args),_data(args)
     from sfv_lite.train import distil
-    print(distil(recipe, args.out, args.base, resume=args.resume))
+    print(distil(recipe, args.out, args.base, data, args.resume))
 
 # %% ../nbs/11_cli.ipynb #51d41a61
 def _demo(args):
@@ -203,7 +224,7 @@ def _bench(args):
     for name,rows in result.items(): print(f'\n{name}\n\n{table(rows)}')
     print(f'\n{args.out}')
 
-# %% ../nbs/11_cli.ipynb #27ecd726
+# %% ../nbs/11_cli.ipynb #7756e9a3
 def parser()->argparse.ArgumentParser:
     "All verbs and their options"
     p = _Parser('sfv-lite', description="SF-V: image-to-video in one forward pass, taught and trained")
@@ -211,12 +232,22 @@ def parser()->argparse.ArgumentParser:
     verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
     demo = _verb(verbs, 'demo', _demo, "held-out digits through teacher (25 steps, 1 step) and student (1 step)", 'demo')
     demo.add_argument('--clips', type=within(int,1,297), default=8, help="how many, at most 297 (default: 8)")
+    prep = _verb(verbs, 'prepare', _prepare, "videos to shards of latents, for --data; goes on where it was stopped", 'shards')
+    _recipe_options(prep)
+    prep.add_argument('source', metavar='SOURCE', help="a folder of videos (any depth), a text file with one path a line, or one video")
+    prep.add_argument('--base', default='digits-teacher', help="pipeline whose VAE and image tower encode (default: the shipped digits-teacher)")
+    prep.add_argument('--shot', type=within(float,0), default=.1, help="FFmpeg's scene score from which a change is a cut that no clip crosses, 0…1 (default: .1)")
+    prep.add_argument('--workers', type=within(int,0), default=2, help="processes that decode (default: 2)")
+    prep.add_argument('--shard', type=within(int,1), default=256, help="clips a shard (default: 256)")
+    prep.add_argument('--noisy', type=within(int,1), default=4, help="encodings of the first frame, each with noise of its own (default: 4)")
+    prep.add_argument('--dry-run', action='store_true', help="decode and count, write nothing")
     vae = _verb(verbs, 'vae', _vae, "train the digits pipeline's VAE: the first of three runs", 'runs/vae')
     pre = _verb(verbs, 'pretrain', _pretrain, "train a teacher by the EDM loss: the second run", 'runs/teacher')
     dis = _verb(verbs, 'distil', _distil, "make a one-step student of a teacher: SF-V itself", 'runs/student')
     for o in (vae,pre,dis):
         _recipe_options(o)
         o.add_argument('--resume', action='store_true', help="go on where the run in OUT stopped")
+    for o in (pre,dis): o.add_argument('--data', type=Path, metavar='SHARDS', help="a folder that prepare made (default: the built-in moving digits)")
     pre.add_argument('--base', default='digits-teacher', help="pipeline whose VAE and image tower are used (default: the shipped digits-teacher)")
     dis.add_argument('--base', default='digits-teacher', help="pre-trained pipeline to start from (default: the shipped digits-teacher)")
     sam = _verb(verbs, 'sample', _sample, "pictures to clips", 'clip.gif')
@@ -236,7 +267,7 @@ def parser()->argparse.ArgumentParser:
     eva.add_argument('--height', type=within(int,1), default=240, help="for --fvd: pixels to which frames are resized (default: 240)")
     eva.add_argument('--width', type=within(int,1), default=320, help="for --fvd: pixels to which frames are resized (default: 320)")
     jud = _verb(verbs, 'judge', _judge, "train the judge that evaluate looks through", 'judge.safetensors')
-    jud.add_argument('--steps', type=within(int,1), default=1000, help="of its optimiser (default: 1000)")
+    jud.add_argument('--steps', type=within(int,1), default=1500, help="of its optimiser (default: 1500)")
     ben = _verb(verbs, 'bench', _bench, "FLOPs and seconds of a training step and of sampling", 'bench.json')
     _recipe_options(ben)
     ben.add_argument('--base', default='digits-teacher', help="pipeline to measure (default: the shipped digits-teacher)")

@@ -29,7 +29,7 @@ def remembered(clips, folder:Path):
             b = clips(pipe, recipe, n, seed%1_000_003)
             part = file.with_suffix(f'.{os.getpid()}')
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(dict(latents=b.latents, **vars(b.cond)), part)
+            save_file({k:v.contiguous() for k,v in dict(latents=b.latents, **vars(b.cond)).items()}, part)
             os.replace(part, file)
         o = load_file(file)
         return Batch(o.pop('latents'), Condition(**o))
@@ -42,7 +42,7 @@ def train(name:str, seed:int, folder:Path, base:str)->Path:
     if (out/'pipeline').exists(): return out/'pipeline'
     clips = remembered(teachers_clips(Way(base,25)), folder/'made') if name=='ladd' else remembered(digit_clips, folder/'real')
     run = consistency if name=='consistency' else distil
-    return run(recipe, out, base, data=functools.partial(digit_batches, clips=clips), resume=(out/'state').exists())
+    return run(recipe, out, base, data=functools.partial(digit_batches, clips=clips), resume=out.exists())
 
 
 def main():

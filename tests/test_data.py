@@ -1,0 +1,256 @@
+"Videos to shards: every file that is wrong, every way to be stopped, and training from what was made"
+import errno, itertools, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import av, numpy as np, pytest, torch
+from conftest import TINY, files, python, recipe, sets, sfv
+from sfv_lite.cli import main
+from sfv_lite.data import Cutting, clips_of, decoded, find_videos, load_manifest, locked, open_shards, prepare, shard_batches
+from sfv_lite.train import distil
+from sfv_lite.video import load_clip, moving_digits, save_clip, to_uint8
+
+SPEC = Cutting(8, 7, 32, 32)
+WRONG = {'nothing.mp4':'is empty', 'notes.mp4':'not a readable video', 'cut off.mp4':'not a readable video', 'deep/er/sound.mp4':'has sound but no picture', 'wink.webm':'too short', 'readme.txt':'not a readable video'}
+
+
+def write(path, x, fps=7):
+    "Frames `(t 3 h w)` in whatever container the name asks for"
+    if path.suffix in ('.mp4','.webm','.gif'): return save_clip(x, path, fps)
+    with av.open(str(path), 'w') as out:
+        s = out.add_stream('mpeg4' if path.suffix=='.avi' else 'libx264', rate=fps)
+        s.height,s.width,s.pix_fmt = *x.shape[-2:],'yuv420p'
+        for o in to_uint8(x.permute(0,2,3,1)): out.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(o), format='rgb24')))
+        out.mux(s.encode())
+
+
+def write_sound(path):
+    with av.open(str(path), 'w') as out:
+        tone = out.add_stream('aac', rate=48000)
+        wave = av.AudioFrame.from_ndarray(np.zeros((1,48000), np.float32), format='fltp', layout='mono')
+        wave.rate = 48000
+        for o in (wave,None): out.mux(tone.encode(o))
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    "Six videos of 27 frames without a cut, so of three clips each, in several containers, with blanks and umlauts in their names and folders in folders"
+    folder = tmp_path_factory.mktemp('good')/'my vidéos'
+    for i,name in enumerate(('a b.mp4', 'Größe.webm', 'deep/er/数字.mkv', 'deep/plain.mov', 'loop.gif', "it's.avi")):
+        x = moving_digits(1, i)[0][0]
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder/name, torch.cat([x, x.flip(0), x, x.flip(0)])[:27])
+    return folder
+
+
+@pytest.fixture(scope='module')
+def mixed(tmp_path_factory, good):
+    "The same beside six files that are no use"
+    folder = tmp_path_factory.mktemp('mixed')
+    for name,o in files(good).items():
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_bytes(o)
+    (folder/'nothing.mp4').touch()
+    (folder/'notes.mp4').write_text('no video')
+    (folder/'readme.txt').write_text('no video either')
+    (folder/'.hidden').write_text('not meant')
+    (folder/'cut off.mp4').write_bytes((good/'a b.mp4').read_bytes()[:2000])
+    write_sound(folder/'deep/er/sound.mp4')
+    save_clip(moving_digits(1)[0][0,:3], folder/'wink.webm', fps=7)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory, good, base):
+    "All of the good videos as shards of five clips"
+    out = tmp_path_factory.mktemp('shards')/'shards'
+    report = prepare(good, out, base, SPEC, workers=0, shard=5)
+    assert (report['clips'],report['shards'],report['refused'])==(18,4,[])
+    return out
+
+
+def only(folder):
+    "What of a folder must be the same however it was made"
+    return {k:v for k,v in files(folder).items() if k.startswith('shard-') or k=='manifest.json'}
+
+
+# files that are wrong -----------------------------------------------------------------------------
+
+def test_every_wrong_file_is_reported_once(mixed, base, tmp_path, capsys):
+    "Each with its reason, in the report and on the screen; the others are used, and the exit code is 3"
+    assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--base', str(base)])==3
+    report = json.loads((tmp_path/'out/report.json').read_text())
+    assert report['clips']==18 and report['files']==12
+    refused = {str(Path(o['file']).relative_to(mixed)):o['reason'] for o in report['refused']}
+    assert len(report['refused'])==len(refused) and set(refused)==set(WRONG)
+    assert all(refused[k].startswith(v) for k,v in WRONG.items()), refused
+    said = capsys.readouterr().out
+    assert all(k in said for k in WRONG) and (tmp_path/'out/sheet.png').stat().st_size>1000
+
+
+@pytest.mark.parametrize('kind,cause', [('avi','ends after'), ('mkv','ends after'), ('gif','damaged after')])
+def test_a_file_that_breaks_off_keeps_its_clips(kind, cause, tmp_path):
+    "A container that can be read from the front, of which the last third is missing: what is there is used, and the file is reported"
+    write(tmp_path/f'whole.{kind}', moving_digits(12, 3)[0].flatten(0,1))
+    whole = (tmp_path/f'whole.{kind}').read_bytes()
+    (tmp_path/f'part.{kind}').write_bytes(whole[:len(whole)*2//3])
+    *clips,(_,wrong) = clips_of(tmp_path/f'part.{kind}', SPEC)
+    assert 2<=len(clips)<11 and wrong.startswith(cause), wrong
+
+
+def test_no_clip_crosses_a_cut(base, tmp_path):
+    "Black on white follows white on black after 12 frames: one clip of 8 from each side, none from the middle"
+    x,_ = moving_digits(3, 1)
+    x = x.flatten(0,1)
+    save_clip(torch.cat([x[:12],-x[12:]]), tmp_path/'cut.mp4', fps=7)
+    found = [clip for _,(_,clip) in decoded([tmp_path/'cut.mp4'], SPEC, 0) if isinstance(clip, np.ndarray)]
+    assert [clip.mean()>128 for clip in found]==[False,True]
+    assert all(np.ptp(clip.mean((1,2,3)))<60 for clip in found)
+
+
+def test_lists_and_single_files(good, tmp_path):
+    "A text file names videos relative to itself; a name that is not there is refused by name"
+    (good.parent/'list.txt').write_text(f"{good.name}/a b.mp4\n\n{good.name}/missing.mp4\n", encoding='utf-8')
+    found = find_videos(good.parent/'list.txt')
+    assert [o.name for o in found]==['a b.mp4','missing.mp4']
+    assert [o for _,(_,o) in decoded(found, SPEC, 0) if not isinstance(o,np.ndarray)]==[None,'no such file']
+    assert find_videos(good/'a b.mp4')==[good/'a b.mp4']
+    for wrong in (tmp_path/'none', tmp_path): # not there; empty
+        with pytest.raises(FileNotFoundError, match=str(wrong)): find_videos(wrong)
+
+
+def test_dry_run_writes_nothing(mixed, tmp_path, capsys):
+    "It counts clips and names wrong files like the real run"
+    assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--dry-run'])==3
+    said = capsys.readouterr().out
+    assert '18 clips' in said and all(k in said for k in WRONG) and not (tmp_path/'out').exists()
+
+
+# being stopped ------------------------------------------------------------------------------------
+
+def test_killed_ten_times(good, base, shards, tmp_path):
+    "SIGKILL at random points; each time the same command goes on, and in the end the shards are those of an undisturbed run"
+    out,chance = tmp_path/'out',random.Random(0)
+    code = f"from sfv_lite.data import *; import torch; torch.set_num_threads(1); prepare({str(good)!r}, {str(out)!r}, {str(base)!r}, Cutting(8,7,32,32), workers={{}}, shard=5)"
+    script = tmp_path/'prepare.py'
+    for k in range(10):
+        script.write_text(f"if __name__=='__main__':\n    {code.format(k%3)}\n")
+        p = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+        before = set(files(out)) if out.exists() else set()
+        while p.poll() is None and not (out/'.lock').exists(): time.sleep(.02)
+        time.sleep(chance.uniform(0, 2))
+        os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+        left = set(files(out))
+        assert before-{o for o in before if '.part' in o} <= left, "a finished file disappeared"
+    assert python(script).returncode==0
+    assert only(out)==only(shards)
+    assert not [o for o in files(out) if o.endswith('.part')]
+
+
+def test_ctrl_c(good, base, tmp_path):
+    "One line, exit code 130, and nothing but whole shards"
+    p = subprocess.Popen([sys.executable, '-c', 'import sys; from sfv_lite.cli import main; sys.exit(main())', 'prepare', str(good), '-o', str(tmp_path/'out'), '--base', str(base), '--shard', '2'], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while p.poll() is None and not list((tmp_path/'out').glob('shard-*.json')): time.sleep(.02)
+    os.killpg(p.pid, signal.SIGINT) # as a terminal does: to the decoders too
+    said = p.communicate(timeout=60)[1]
+    assert p.returncode in (130,0) and 'Traceback' not in said, said
+    assert not [o for o in files(tmp_path/'out') if o.endswith('.part')]
+
+
+def test_no_space_left(good, base, shards, tmp_path, monkeypatch, capsys):
+    "A disk that is full at the second shard: one line, what was whole stays, and with space the run goes on"
+    from datasets import Dataset
+    write = Dataset.to_parquet
+    def full(self, path, **kw):
+        if 'shard-00001' in path:
+            Path(path).write_bytes(b'half')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return write(self, path, **kw)
+    monkeypatch.setattr(Dataset, 'to_parquet', full)
+    argv = ['prepare', str(good), '-o', str(tmp_path/'out'), '--base', str(base), '--shard', '5']
+    assert main(argv)==1
+    said = capsys.readouterr().err.strip()
+    assert 'No space left' in said and 'shard-00001' in said.splitlines()[-1]
+    assert sorted(o for o in files(tmp_path/'out') if 'shard' in o)==['shard-00000.json','shard-00000.parquet']
+    monkeypatch.setattr(Dataset, 'to_parquet', write)
+    assert main(argv)==0
+    assert only(tmp_path/'out')==only(shards)
+
+
+def test_a_second_prepare_refuses(good, base, tmp_path):
+    "As long as one works on a folder, another one is turned away; afterwards it may"
+    with locked(tmp_path/'out'):
+        done = sfv('prepare', good, '-o', tmp_path/'out', '--base', base)
+        assert done.returncode==1 and 'another prepare is writing here' in done.stderr
+        assert files(tmp_path/'out').keys()<={'.lock'}
+    assert sfv('prepare', good, '-o', tmp_path/'out', '--base', base).returncode==0
+
+
+def test_a_decoder_that_dies_costs_one_file(good):
+    "The file is reported and the next ones are decoded by a new process"
+    stream = decoded(find_videos(good), Cutting(2, 7, 32, 32), workers=1) # more clips a file than the queue holds
+    items = [next(stream)]
+    multiprocessing.active_children()[0].kill()
+    items += list(stream)
+    ends = [(i,o) for i,(_,o) in items if not isinstance(o,np.ndarray)]
+    assert [i for i,_ in ends]==list(range(6)) and sum(o is not None for _,o in ends)==1
+    assert 'its decoder died' in next(o for _,o in ends if o)
+
+
+def test_another_command_on_the_same_folder(good, base, shards, capsys):
+    "Going on with another size is refused, by name and value"
+    before = only(shards)
+    assert main(['prepare', str(good), '-o', str(shards), '--base', str(base), '--shard', '5', '--set', 'fps=5'])==1
+    assert 'fps = 7, not 5' in capsys.readouterr().err
+    assert only(shards)==before
+
+
+# training from shards -----------------------------------------------------------------------------
+
+def test_deals_without_overlap(shards):
+    "Two processes with two readers each: every clip once"
+    manifest,dealt = load_manifest(shards),[]
+    for rank in (0,1): dealt += [(o['file'],o['start']) for rows in open_shards(shards, manifest, rank, 2, 0, 64, 1, 2) for o in rows]
+    assert len(dealt)==len(set(dealt))==18
+
+
+def test_prepare_distil_sample(good, base, picture, tmp_path):
+    "The way from videos to a clip, by the command line alone"
+    for argv in (['prepare', good, '-o', tmp_path/'shards', '--base', base],
+            ['distil', '-o', tmp_path/'run', '--base', base, '--data', tmp_path/'shards', *sets(**TINY)],
+            ['sample', picture, '-o', tmp_path/'made.gif', '--model', tmp_path/'run']):
+        done = sfv(*argv)
+        assert done.returncode==0, done.stderr
+    assert len(load_clip(tmp_path/'made.gif'))==8
+
+
+def test_resumed_on_shards(base, shards, tmp_path):
+    "A run that was killed after four of six steps ends with the same weights as one that was not"
+    class Killed(BaseException): pass
+    def stops(*args):
+        yield from itertools.islice(shard_batches(shards)(*args), 4)
+        raise Killed
+    r = recipe(save_every=2)
+    whole = distil(r, tmp_path/'whole', base, shard_batches(shards))
+    with pytest.raises(Killed): distil(r, tmp_path/'cut', base, stops)
+    cut = distil(r, tmp_path/'cut', base, shard_batches(shards), resume=True)
+    assert files(whole)==files(cut)
+
+
+@pytest.mark.parametrize('wrong', ['size','base','truncated','missing','unfinished','none'])
+def test_shards_that_do_not_fit(wrong, shards, base, tmp_path, capsys):
+    "One line names the cause before any training; nothing is written"
+    folder,more,cause = tmp_path/'shards',[],''
+    shutil.copytree(shards, folder)
+    if wrong=='size': more,cause = ['--set','frames=6'],'frames = 8, the recipe [digits] says 6'
+    if wrong=='base': base,cause = 'digits-teacher',"another base pipeline's VAE"
+    if wrong=='truncated':
+        whole = (folder/'shard-00002.parquet').read_bytes()
+        (folder/'shard-00002.parquet').write_bytes(whole[:-100])
+        cause = 'shard-00002.parquet: a damaged shard'
+    if wrong=='missing': (folder/'shard-00001.parquet').unlink(); cause = 'shard-00001.parquet: a damaged shard'
+    if wrong=='unfinished': (folder/'shard-00003.json').unlink(); cause = 'prepare has not finished'
+    if wrong=='none': folder,cause = tmp_path,'holds no shards'
+    assert main(['distil', '-o', str(tmp_path/'run'), '--base', str(base), '--data', str(folder), *sets(**TINY), *more])==1
+    said = capsys.readouterr().err
+    assert cause in said, said
+    assert not (tmp_path/'run').exists()
