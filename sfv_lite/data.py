@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .edm import LogNormal, add_noise
 from .svd import Batch, Condition, decode, image_embeds, load_pipeline
+from .video import contact_sheet
 
 # %% ../nbs/06_data.ipynb #42571c94
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def clips_of(
     try:
         if not wrong:
             for number,clip in enumerate(whole_clips(watched(), spec.frames), 1): yield clip
-    except (av.error.FFmpegError,ValueError,MemoryError) as e: wrong = f"damaged after {seen:.1f} s ({' '.join(str(e).split())[:80]})"
+    except (av.error.FFmpegError,OSError,ValueError,MemoryError) as e: wrong = f"damaged after {seen:.1f} s ({' '.join(str(e).split())[:80]})"
     if not wrong and seen+1<.9*length: wrong = f"ends after {seen:.1f} of {length:.1f} s"
     if not wrong and not number: wrong = f"too short: no shot has the {spec.frames/spec.fps:.2f} s of a clip"
     yield length,wrong
@@ -468,7 +469,6 @@ def contact(
     clips:int=6
 )->Path:           # the picture, `sheet.png` in the folder
     "A contact sheet of clips from finished shards, evenly spread"
-    from sfv_lite.video import contact_sheet
     import pyarrow.parquet as pq
     manifest,pipe = load_manifest(folder),load_pipeline(base)
     where = [(name,i) for name,n in manifest['shards'].items() for i in range(n)]

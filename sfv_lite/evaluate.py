@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'JUDGE', 'moments', 'frechet', 'spoil', 'blur', 'spoilt_digi
            'diversity', 'real_ends', 'Way', 'make_clips', 'Exam', 'table', 'brief', 'fingerprint', 'evaluate',
            'plot_excess', 'video_files', 'read_videos', 'fvd']
 
-# %% ../nbs/09_evaluate.ipynb #b401fa3d
-import functools, hashlib, json, re, time
+# %% ../nbs/09_evaluate.ipynb #5c6d8796
+import functools, hashlib, json, os, re, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -146,7 +146,9 @@ def judge_loss(
     right = lambda a,b: (a.argmax(1)==b).float().mean().item()
     return loss, dict(kind=right(says_kind,kind), digit=right(says_digit[one],digit[one]), off=(says_centre-centre).norm(dim=-1).mean().item())
 
-# %% ../nbs/09_evaluate.ipynb #cc83a606
+# %% ../nbs/09_evaluate.ipynb #d3e9e65a
+_bar = functools.partial(tqdm, disable=bool(os.environ.get('TQDM_DISABLE'))) # in Jupyter tqdm does not heed it by itself
+
 JUDGE = WEIGHTS/'judge.safetensors'
 
 def train_judge(
@@ -159,7 +161,7 @@ def train_judge(
     judge = Judge()
     opt = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
-    with tqdm(range(steps), 'judge') as bar:
+    with _bar(range(steps), 'judge') as bar:
         for step in bar:
             loss,marks = judge_loss(judge, 12, seed*1_000_003+step)
             opt.zero_grad()
@@ -297,7 +299,7 @@ class Way:
         "Network evaluations a clip"
         return self.steps*(1 if self.guidance==1 else 2)
 
-# %% ../nbs/09_evaluate.ipynb #ad30e13c
+# %% ../nbs/09_evaluate.ipynb #5fa0835b
 @torch.no_grad()
 def make_clips(
     way:Way,
@@ -308,7 +310,7 @@ def make_clips(
     "One clip a picture. Clip i gets the same noise whoever makes it"
     pipe = load_pipeline(way.model)
     D,c,out,start = Denoiser(pipe.unet).eval(),pipe.unet.config,[],time.perf_counter()
-    for i,image in enumerate(tqdm(first.split(batch), str(way), leave=False, disable=None)):
+    for i,image in enumerate(_bar(first.split(batch), str(way), leave=False)):
         g = torch.Generator().manual_seed(seed*1_000_003+i)
         cond = condition(pipe, image, generator=g)
         noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g)
@@ -368,7 +370,7 @@ def brief(
     kept |= {k:f'{row[k]:.2f}' for k in ('speed','straight','spread','sharp','diverse')} | {k:f'{row[k]:.3f}' for k in ('frozen','read')}
     return kept | ({'ms a clip':f"{1000*row['seconds']:.0f}"} if 'seconds' in row else {})
 
-# %% ../nbs/09_evaluate.ipynb #4f235b75
+# %% ../nbs/09_evaluate.ipynb #500d1022
 def fingerprint(way:Way, n:int, seed:int)->str:
     "Twelve hexadecimal digits that change with the weights, the judge, the sampling or the exam"
     h = hashlib.sha256(json.dumps([way.steps, way.guidance, way.renoise, n, seed]).encode())
@@ -386,7 +388,7 @@ def evaluate(
     known = {w:out/'rows'/f'{fingerprint(w, n, seed)}.json' for w in ways} # a misspelt run is reported before any work
     (out/'rows').mkdir(parents=True, exist_ok=True)
     exam = Exam(n, seed) if any(not o.exists() for o in known.values()) else None
-    for way,file in tqdm(known.items(), 'evaluate', disable=None):
+    for way,file in _bar(known.items(), 'evaluate'):
         if file.exists(): continue
         row,clips = exam.sit(way)
         save_file(dict(clips=clips.half()), file.with_suffix('.safetensors'))
@@ -414,7 +416,7 @@ def plot_excess(
     ax.set(xscale='log', yscale='log', xlabel='network evaluations a clip', ylabel='excess over the floor')
     return shown(fig)
 
-# %% ../nbs/09_evaluate.ipynb #56b76e1c
+# %% ../nbs/09_evaluate.ipynb #55de77bf
 def video_files(
     folder:str|Path
 )->list[Path]: # sorted
@@ -430,7 +432,7 @@ def read_videos(
     width:int
 ):              # yields uint8 arrays `(1 t h w 3)`
     "Videos one at a time, cut and resized"
-    for file in tqdm(files, 'fvd', disable=None):
+    for file in _bar(files, 'fvd'):
         x = load_clip(file)[:frames]
         if len(x)<frames: raise ValueError(f"{file}: has {len(x)} frames, {frames} are needed; ask for fewer with --frames")
         x = F.interpolate(x, (height,width), mode='bilinear', antialias=True, align_corners=False)

@@ -36,6 +36,8 @@ Excess is the Fréchet distance over that of real clips; speed, straightness, sp
 {limits}
 '''
 
+TWICE = 'Its first 2,700 steps were a run of their own, on 12,288 and then 4,096 clips; that run went on with the schedule and the clips of 7,000 steps.'
+
 
 def weights(runs:Path):
     for name,run in {'digits-teacher':'teacher','digits':'student'}.items(): save_pipeline(load_pipeline(runs/run), WEIGHTS/name, torch.float16)
@@ -56,7 +58,7 @@ def cards():
     rows = lambda *names: table([brief(o) for o in shipped['rows'] if o['clips by'].split('@')[0] in names])
     write = lambda name,**kw: (WEIGHTS/name/'README.md').write_text(CARD.format(name=name, clips=shipped['clips'], **kw))
     write('digits-teacher', what="The teacher: Stable Video Diffusion with small numbers, trained from nothing by the EDM loss.",
-        command='sfv-lite vae      -o runs/vae\nsfv-lite pretrain -o runs/teacher --base runs/vae', seconds=told('vae','VAE')+'\n'+told('teacher','UNet'), table=rows('digits-teacher'),
+        command='sfv-lite vae      -o runs/vae\nsfv-lite pretrain -o runs/teacher --base runs/vae', seconds=told('vae','VAE')+'\n'+told('teacher','UNet')+'\n'+TWICE, table=rows('digits-teacher'),
         limits="- One step of it is a blur: that is what the student is for.")
     write('digits', what="The student: one network evaluation makes the clip (SF-V).", command='sfv-lite distil -o runs/student --base digits-teacher', seconds=told('student','Student'),
         table=rows('digits','digits-teacher'), limits="- Made for one step and for nothing else.")
