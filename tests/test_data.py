@@ -113,6 +113,10 @@ def test_lists_and_single_files(good, tmp_path):
     assert [o.name for o in found]==['a b.mp4','missing.mp4']
     assert [o for _,(_,o) in decoded(found, SPEC, 0) if not isinstance(o,np.ndarray)]==[None,'no such file']
     assert find_videos(good/'a b.mp4')==[good/'a b.mp4']
+    shutil.copytree(good, tmp_path/'videofolder')
+    (tmp_path/'videofolder'/'metadata.jsonl').write_text('{"file_name": "a b.mp4"}') # as 🤗 datasets keeps one
+    assert len(find_videos(tmp_path/'videofolder'))==6
+    shutil.rmtree(tmp_path/'videofolder')
     for wrong in (tmp_path/'none', tmp_path): # not there; empty
         with pytest.raises(FileNotFoundError, match=str(wrong)): find_videos(wrong)
 
@@ -221,6 +225,12 @@ def test_prepare_distil_sample(good, base, picture, tmp_path):
         done = sfv(*argv)
         assert done.returncode==0, done.stderr
     assert len(load_clip(tmp_path/'made.gif'))==8
+
+
+def test_pretrain_on_shards(base, shards, tmp_path):
+    "The teacher's run takes them too"
+    assert main(['pretrain', '-o', str(tmp_path/'run'), '--base', str(base), '--data', str(shards), *sets(**TINY)])==0
+    assert (tmp_path/'run'/'pipeline'/'model_index.json').exists()
 
 
 def test_resumed_on_shards(base, shards, tmp_path):
