@@ -80,6 +80,7 @@ def read_frames(
                 yield float(now), o.to_ndarray(), any(before is not None and before<c<=now for c in cuts)
                 cuts,before = [c for c in cuts if c>now],now
 
+# %% ../nbs/06_data.ipynb #ebfc1a20
 def read_clips(
     file:str|Path,
     spec:Cutting
@@ -335,6 +336,7 @@ def prepare(
         _write_json(out/'report.json', report)
     return report
 
+# %% ../nbs/06_data.ipynb #9aeaa8a1
 def _fill(stream, files, shard, encode_rows, batch:int, fps:float, total:int, here=dict(file=0, clip=0))->tuple[list,dict]:
     "One shard's rows, and the note that says where the next one begins"
     rows,waiting,refused,buckets,seconds = [],[],[],[0]*8,0.
@@ -360,6 +362,7 @@ def _fill(stream, files, shard, encode_rows, batch:int, fps:float, total:int, he
     if waiting: flush()
     return rows,dict(rows=len(rows), total=total+len(rows), file=file, clip=clip, done=done, seconds=seconds, refused=refused, motion=buckets)
 
+# %% ../nbs/06_data.ipynb #6ac0da43
 def _report(notes:list[dict], files:int)->dict:
     "All shards' notes as one"
     refused = [o for n in notes for o in n['refused']]
@@ -433,6 +436,7 @@ def shard_batches(
         return forever()
     return batches
 
+# %% ../nbs/06_data.ipynb #0fb2ff35
 def open_shards(folder, manifest:dict, rank:int, world:int, seed:int, buffer:int, batch:int, workers:int):
     "A loader of lists of rows: this process's share, shuffled"
     from datasets import config, load_dataset
@@ -445,6 +449,7 @@ def open_shards(folder, manifest:dict, rank:int, world:int, seed:int, buffer:int
     rows = split_dataset_by_node(rows.shuffle(seed=seed, buffer_size=buffer), rank, world)
     return DataLoader(rows, batch_size=batch, collate_fn=list, num_workers=min(workers, rows.num_shards))
 
+# %% ../nbs/06_data.ipynb #dce3b75c
 def whole_shards(folder, manifest:dict)->list[str]:
     "The shards' paths, after a look at each one's footer"
     import pyarrow.parquet as pq
