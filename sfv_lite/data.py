@@ -411,7 +411,7 @@ def from_rows(
     ids = torch.stack([torch.tensor([float(o['fps'])-1 for o in rows]), torch.tensor([float(o['motion_bucket']) for o in rows]), aug], 1)
     return Batch(read('latents','<f2',t,c,h,w), Condition(read('image_latents','<f2',manifest['noisy'],c,h,w)[i,k], read('image_embeds','<f2',1,manifest['embeds']), ids))
 
-# %% ../nbs/06_data.ipynb #b24d3f5c
+# %% ../nbs/06_data.ipynb #6935bcb4
 def shard_batches(
     folder:str|Path, # made by `prepare`
     buffer:int=512,  # rows among which the stream is shuffled
@@ -434,6 +434,7 @@ def shard_batches(
                 if not done: raise ValueError(f"{folder}: a process has fewer clips than its micro-batch of {batch}; prepare more, or make the batch smaller")
         draw = lambda seed,k,rank,n: torch.randint(manifest['noisy'], (n,), generator=torch.Generator().manual_seed(seed+1_000_003*k+1_000_000_007*rank)).tolist()
         return forever()
+    batches.source = str(folder) # a run writes down what it was given
     return batches
 
 # %% ../nbs/06_data.ipynb #0fb2ff35

@@ -77,7 +77,7 @@ class _Objective:
     gamma:float = number(0)
     r1_every:int = number(1)
 
-# %% ../nbs/07_recipe.ipynb #67156ac0
+# %% ../nbs/07_recipe.ipynb #fb9426e5
 @dataclass(frozen=True, kw_only=True)
 class _Optimisers:
     "How both networks move"
@@ -94,6 +94,7 @@ class _Optimisers:
     batch:int = number(1)
     accumulation:int = number(1)
     ema:float = number(0, below=1)
+    lora_rank:int = number(0)
 
 # %% ../nbs/07_recipe.ipynb #9bd38b40
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +109,13 @@ class _Teacher:
     teacher_ema:float = number(0, below=1)
     cond_dropout:float = number(0,1)
 
-# %% ../nbs/07_recipe.ipynb #0f6e336f
+# %% ../nbs/07_recipe.ipynb #de30695c
 @dataclass(frozen=True, kw_only=True)
 class _Running:
     "Seed, precision, and how often a run reports"
     seed:int = number(0)
     precision:str = choice('auto','bf16','no')
+    checkpointing:bool = field()
     log_every:int = number(1)
     save_every:int = number(1)
     sample_every:int = number(1)

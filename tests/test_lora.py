@@ -1,0 +1,53 @@
+"One UNet in three roles: base of G, teacher and the judges' eye"
+import copy, json
+import pytest, torch
+from conftest import files, recipe, relative, sets
+from sfv_lite.heads import Discriminator
+from sfv_lite.svd import add_lora, digits_pipeline, load_pipeline, save_pipeline, svd_pipeline
+from sfv_lite.train import State, descend, distil, distil_step, digit_clips, learning, make_accelerator
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def state_of(pipe, **overrides):
+    "A state in float64 whose additions do something"
+    r = recipe(steps=4, **overrides)
+    s = State.create(pipe.to(torch.float64), r, make_accelerator(r))
+    g = torch.Generator().manual_seed(5)
+    for p in learning(s.G): p.data.copy_(p.data + .05*torch.randn(p.shape, generator=g))
+    s.D.double()
+    return s
+
+
+def gradients(s, batch, monkeypatch):
+    "What one step would descend along"
+    monkeypatch.setattr('sfv_lite.train.descend', lambda *_: {})
+    distil_step(s, batch)
+    return [p.grad.clone() for p in [*learning(s.G), *s.D.heads.parameters()]]
+
+
+@pytest.mark.parametrize('size', ['digits','svd'])
+def test_gradients_are_those_of_two_copies(size, monkeypatch):
+    "Shared UNet and blocks computed twice, against an eye of its own and blocks computed once"
+    make = digits_pipeline if size=='digits' else lambda: svd_pipeline(small=True)
+    batch = random_batch(make())
+    tap = dict(tap='before' if size=='digits' else 'after')
+    shared = state_of(make(), lora_rank=4, checkpointing=True, **tap)
+    assert shared.D.encoder is shared.accelerator.unwrap_model(shared.G).unet
+    two = state_of(make(), lora_rank=4, **tap)
+    D = Discriminator(make().unet.double(), tap=tap['tap'], width=two.recipe.head_width).double()
+    D.heads = two.D.heads
+    two.D = D
+    for a,b in zip(gradients(shared, batch, monkeypatch), gradients(two, batch, monkeypatch), strict=True): assert relative(a,b)<1e-9
+
+
+def random_batch(pipe, b=2):
+    from sfv_lite.svd import Batch, Condition
+    c,g = pipe.unet.config,torch.Generator().manual_seed(1)
+    r = lambda *shape: torch.randn(*shape, generator=g).double()
+    return Batch(r(b,c.num_frames,4,8,8), Condition(r(b,4,8,8), r(b,1,c.cross_attention_dim), torch.tensor([[6.,127.,.02]]*b).double()))
