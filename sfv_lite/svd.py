@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SHIPPED', 'quietly', 'svd_config', 'networks', 'untrained', 'digits_pipeline', 'svd_sizes', 'svd_pipeline',
-           'Condition', 'Batch', 'unet_input', 'Denoiser', 'Encoder', 'encoder_features', 'add_lora', 'without_lora',
-           'merge_lora', 'image_embeds', 'condition', 'encode', 'decode', 'replace_folder', 'save_pipeline',
-           'pipeline_folder', 'load_pipeline', 'check_svd', 'check_size', 'pretrained']
+           'Condition', 'Batch', 'unet_input', 'Denoiser', 'Encoder', 'encoder_features', 'checkpoint_blocks',
+           'add_lora', 'without_lora', 'merge_lora', 'image_embeds', 'condition', 'encode', 'decode', 'replace_folder',
+           'save_pipeline', 'pipeline_folder', 'load_pipeline', 'check_svd', 'check_size', 'pretrained']
 
 # %% ../nbs/02_svd.ipynb #1c9b747d
 import contextlib, copy, json, os, shutil
@@ -198,6 +198,21 @@ def encoder_features(
         before = states[-2] if block.downsamplers else states[-1]
         features.append(rearrange(dict(before=before, after=h)[tap], '(b t) c h w -> b t c h w', b=b))
     return features
+
+# %% ../nbs/02_svd.ipynb #f5ba3da0
+def checkpoint_blocks(
+    unet # changed in place; so are copies made of it afterwards, such as an `Encoder`
+)->None:
+    "Compute blocks again in the backward pass in place of keeping what is inside"
+    from diffusers.models.attention import TemporalBasicTransformerBlock
+    from torch.utils.checkpoint import checkpoint
+    class Recomputed(TemporalBasicTransformerBlock):
+        def forward(self, *args, **kwargs):
+            if not torch.is_grad_enabled(): return super().forward(*args, **kwargs)
+            return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+    unet.enable_gradient_checkpointing()
+    for o in unet.modules():
+        if type(o) is TemporalBasicTransformerBlock: o.__class__ = Recomputed
 
 # %% ../nbs/02_svd.ipynb #6886e3bd
 def add_lora(

@@ -7,9 +7,9 @@ __all__ = ['random_state', 'computes_in_bf16', 'make_accelerator', 'progress', '
            'averaged', 'drop_condition', 'micro_batch', 'fixed_noise', 'shown', 'digit_clips', 'digit_batches',
            'shown_clips', 'read_rows', 'write_rows', 'append_row', 'Run', 'finish_step_on_ctrl_c', 'psnr', 'vae_loss',
            'train_vae', 'edm_loss', 'one_network', 'pretrain', 'learn_little', 'State', 'descend', 'loss_of_d',
-           'loss_of_g', 'distil_step', 'count_flops', 'step_parts', 'step_cost', 'distil']
+           'loss_of_g', 'one_step', 'distil_step', 'count_flops', 'step_parts', 'step_cost', 'distil']
 
-# %% ../nbs/08_train.ipynb #05263ea1
+# %% ../nbs/08_train.ipynb #ac6190fa
 import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from .heads import Discriminator, Logits
 from .objective import hinge_d, hinge_g, pseudo_huber, r1
 from .recipe import Recipe, RecipeError, save_recipe, write_text
 from .sampling import fastest, sample_euler, sample_once
-from .svd import Batch, Condition, Denoiser, add_lora, check_size, decode, digits_pipeline, encode, load_pipeline, merge_lora, replace_folder, save_pipeline, without_lora
+from .svd import Batch, Condition, Denoiser, add_lora, check_size, checkpoint_blocks, decode, digits_pipeline, encode, load_pipeline, merge_lora, replace_folder, save_pipeline, without_lora
 from .video import CANVAS, N_FRAMES, moving_digits, save_clip, tile
 
 # %% ../nbs/08_train.ipynb #0b07ff81
@@ -439,7 +439,7 @@ def learn_little(unet, rank:int, accelerator:Accelerator)->None:
         for i,model in enumerate(models): weights[i] = {k:v for k,v in weights[i].items() if model.get_parameter(k).requires_grad}
     accelerator.register_save_state_pre_hook(keep)
 
-# %% ../nbs/08_train.ipynb #4b4e2fa8
+# %% ../nbs/08_train.ipynb #1ec2292c
 @dataclass
 class State:
     "All that one step of `distil` reads and writes"
@@ -460,7 +460,7 @@ class State:
     def create(cls, pipe, recipe:Recipe, accelerator:Accelerator)->'State':
         "Generator and discriminator from the UNet of one pre-trained pipeline (§3.3); the pipeline's UNet becomes G"
         torch.manual_seed(recipe.seed)
-        if recipe.checkpointing: pipe.unet.enable_gradient_checkpointing()
+        if recipe.checkpointing: checkpoint_blocks(pipe.unet)
         if recipe.lora_rank: learn_little(pipe.unet, recipe.lora_rank, accelerator)
         D = Discriminator(pipe.unet, recipe.spatial, recipe.temporal, recipe.lora_rank>0, recipe.tap, recipe.head_width).to(accelerator.device)
         G = Denoiser(pipe.unet).train()
@@ -522,11 +522,11 @@ def loss_of_g(
     recon = pseudo_huber(x0_hat, x0).mean()/math.sqrt(d)
     return adv + s.recipe.lam*recon, dict(adv=adv, recon=recon)
 
-# %% ../nbs/08_train.ipynb #68db89cc
-def distil_step(
+# %% ../nbs/08_train.ipynb #7e6c4b93
+def one_step(
     state:State, # read and written
     batch:Batch  # one micro-batch, on the accelerator's device
-)->dict[str,float]: # losses, R1, gradient norms, mean logits of each head
+)->dict[str,Tensor]: # losses, R1, gradient norms, mean logits of each head
     "One micro-batch of SF-V: one forward and one backward through G, one pass of the frozen encoder each for real and fake"
     s,acc,x0,cond = state,state.accelerator,batch.latents,batch.cond
     g = random_state(s.recipe.seed, s.micro, acc.process_index)
@@ -556,6 +556,14 @@ def distil_step(
         if acc.sync_gradients: log |= descend(s, joint)
     s.micro += 1
     s.step += acc.sync_gradients
+    return log
+
+def distil_step(
+    state:State, # read and written
+    batch:Batch  # one micro-batch, on the accelerator's device
+)->dict[str,float]: # losses, R1, gradient norms, mean logits of each head
+    "`one_step`, its figures fetched from the device in one go"
+    log = one_step(state, batch)
     return dict(zip(log, torch.stack([o.detach().float() for o in log.values()]).tolist()))
 
 # %% ../nbs/08_train.ipynb #24871222
