@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LADD', 'teachers_clips', 'teacher_step', 'consistency_loss', 'consistency']
 
-# %% ../nbs/10_baselines.ipynb #eb4c60f5
+# %% ../nbs/10_baselines.ipynb #4265b691
 import copy, math
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ from .objective import pseudo_huber
 from .recipe import Recipe
 from .sampling import sample_consistency, sample_euler
 from .svd import Batch, Condition, Denoiser, decode, load_pipeline
-from .train import Run, averaged, digit_batches, digit_clips, fixed_noise, make_accelerator, make_optimizer, micro_batch, one_network, random_state, shown, shown_clips
+from .train import Run, averaged, beside, digit_batches, digit_clips, fixed_noise, make_accelerator, make_optimizer, micro_batch, one_network, random_state, shown_clips
 
 # %% ../nbs/10_baselines.ipynb #fedeeec5
 LADD = dict(P_mean=1., P_std=1., lam=0.) # what LADD changes in a recipe; its data are `teachers_clips`
@@ -72,7 +72,7 @@ def consistency_loss(
     with torch.no_grad(): aim = target(teacher_step(teacher, x, sigma, below, cond, guidance), below, cond)
     return pseudo_huber(student(x, sigma, cond), aim).mean()/math.sqrt(x0[0].numel())
 
-# %% ../nbs/10_baselines.ipynb #292463a8
+# %% ../nbs/10_baselines.ipynb #83351184
 def consistency(
     recipe:Recipe,
     out:str|Path,          # the run's folder
@@ -97,6 +97,6 @@ def consistency(
     held = shown_clips(pipe, r, acc, data)
     def show():
         with averaged(ema, D): made = sample_consistency(D, held.cond, fixed_noise(held), karras_sigmas(4).flip(0), random_state(r.seed,0))
-        return shown(pipe, held, made)
+        return beside(pipe, held, made)
     loss = lambda micro: consistency_loss(D, target, teacher, next(batches), ladder, guidance, random_state(r.seed, micro, acc.process_index))
     return one_network(run, pipe, D, opt, ema, loss, (step,micro), r.steps, r.lr_g, r.warmup, show)

@@ -140,27 +140,62 @@ def pictures(
     stems = [o.stem for o in files]
     return {o.stem if stems.count(o.stem)==1 else o.name: load_image(o, size) for o in files}
 
-# %% ../nbs/11_cli.ipynb #2f3a47de
-def _sample(args):
-    "One clip a picture"
-    folder = Path(args.image).is_dir()
-    if folder and args.out.suffix: raise ValueError(f"{args.out}: {args.image} is a folder of pictures, so -o must name a folder too")
-    if not folder and args.out.suffix.lower() not in ('.gif','.mp4','.webm'): raise ValueError(f"{args.out}: must end in .gif, .mp4 or .webm")
+# %% ../nbs/11_cli.ipynb #0e32b797
+def _device(name:str|None):
+    "The device that `--device` names; the first GPU, or else the CPU, by default"
     import torch
-    from sfv_lite.edm import karras_sigmas
-    from sfv_lite.sampling import sample_euler, sample_once
-    from sfv_lite.svd import Denoiser, condition, decode, load_pipeline
-    from sfv_lite.video import save_clip
+    if name is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"--device {name}: no such kind of device; say cpu, cuda or cuda:1") from None
+    if device.type=='cuda' and (device.index or 0)>=torch.cuda.device_count(): raise ValueError(f"--device {name}: this machine offers PyTorch {torch.cuda.device_count()} GPUs; say --device cpu, or install a PyTorch with CUDA")
+    return device
+
+def _target(args, clips:int)->tuple[Path,str|None]:
+    "Folder and kind of file for several clips, or the one file and None"
+    kinds = '.gif','.mp4','.webm'
+    if args.out.suffix:
+        if clips>1 or Path(args.image).is_dir(): raise ValueError(f"{args.out}: there may be several clips, so -o must name a folder")
+        if args.out.suffix.lower() not in kinds: raise ValueError(f"{args.out}: must end in .gif, .mp4 or .webm, or be a folder")
+        return args.out,None
+    return args.out,args.kind
+
+def _sample(args):
+    "Clips of pictures, each picture encoded once"
+    out,kind = _target(args, args.clips)
+    import torch
+    from sfv_lite.sampling import clips_of, default_size
+    from sfv_lite.svd import check_size, load_decoder, load_pipeline
+    from sfv_lite.video import save_clip, save_frames
     from tqdm import tqdm
-    pipe = load_pipeline(args.model)
-    D,c = Denoiser(pipe.unet).eval(),pipe.unet.config
-    side,g = c.sample_size*pipe.vae_scale_factor,torch.Generator().manual_seed(args.seed or 0)
-    for name,image in tqdm(pictures(args.image, (side,side), args.seed or 0).items(), 'sample', disable=None):
-        cond = condition(pipe, image[None], args.fps, args.motion_bucket, args.noise_aug, g)
-        noise = torch.randn(1, c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g)
-        if args.steps==1: z = sample_once(D, cond, noise)
-        else: z = sample_euler(D, cond, noise, karras_sigmas(args.steps).flip(0), torch.linspace(1, args.guidance, c.num_frames))
-        print(save_clip(decode(pipe.vae, z)[0], args.out/f'{name}.gif' if folder else args.out, args.fps))
+    device,dtype = _device(args.device),dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[args.dtype]
+    pipe = load_pipeline(args.model, dtype).to(device)
+    decoder,seed = load_decoder(args.decoder, pipe) if args.decoder else None,args.seed or 0
+    h,w = default_size(pipe)
+    size,seeds = (args.height or h, args.width or w),[seed+i for i in range(args.clips)]
+    check_size(pipe, *size, args.length)
+    images = pictures(args.image, size, seed)
+    with tqdm(total=len(images)*len(seeds), desc='sample', disable=None) as bar:
+        for name,image in images.items():
+            for one,clip in clips_of(pipe, image, seeds, args.steps, args.guidance, args.fps, args.motion_bucket, args.noise_aug, args.length, args.batch, decoder, args.chunk):
+                stem = name if len(seeds)==1 else f'{name}-{one}'
+                print(save_clip(clip, out, args.fps) if kind is None else save_frames(clip, out/stem) if kind=='frames' else save_clip(clip, out/f'{stem}.{kind}', args.fps))
+                bar.update()
+
+# %% ../nbs/11_cli.ipynb #e1b4829a
+def _export(args):
+    "A pipeline folder with a card"
+    import torch
+    from sfv_lite.train import export
+    print(export(args.run_folder, args.out, dict(fp32=None, fp16=torch.float16, bf16=torch.bfloat16)[args.dtype], args.variant))
+
+def _plan(args):
+    "Memory, operations and days of a run"
+    recipe = load_recipe(args)
+    from sfv_lite.plan import plan, verdict
+    from sfv_lite.recipe import write_text
+    p = plan(recipe, args.gpu, args.gpus, args.base, args.utilisation, args.clips)
+    write_text(args.out, json.dumps(p, indent=1)+'\n')
+    print(f"{verdict(p)}\n\n{args.out}")
 
 # %% ../nbs/11_cli.ipynb #774e66b0
 def _judge(args):
@@ -224,7 +259,7 @@ def _bench(args):
     for name,rows in result.items(): print(f'\n{name}\n\n{table(rows)}')
     print(f'\n{args.out}')
 
-# %% ../nbs/11_cli.ipynb #7756e9a3
+# %% ../nbs/11_cli.ipynb #b59907bf
 def parser()->argparse.ArgumentParser:
     "All verbs and their options"
     p = _Parser('sfv-lite', description="SF-V: image-to-video in one forward pass, taught and trained")
@@ -253,11 +288,32 @@ def parser()->argparse.ArgumentParser:
     sam = _verb(verbs, 'sample', _sample, "pictures to clips", 'clip.gif')
     sam.add_argument('image', metavar='IMAGE', help="a picture, a folder of pictures (then OUT is a folder), or digit:N with N from 0 to 1796")
     sam.add_argument('--model', default='digits', help="pipeline folder, run folder, or shipped weights (default: digits, the one-step student)")
+    sam.add_argument('--clips', type=within(int,1), default=1, help="how many of each picture, with seeds from --seed on (default: 1)")
+    sam.add_argument('--batch', type=within(int,1), default=1, help="clips a forward pass (default: 1)")
+    sam.add_argument('--as', dest='kind', choices=('gif','mp4','webm','frames'), default='gif', help="what goes into OUT where it is a folder (default: gif)")
+    sam.add_argument('--height', type=within(int,1), help="pixels (default: the model's own, 576 for SVD)")
+    sam.add_argument('--width', type=within(int,1), help="pixels (default: the model's own, 1024 for SVD)")
+    sam.add_argument('--length', type=within(int,1), help="frames (default: as many as the model was made for)")
     sam.add_argument('--steps', type=within(int,1), default=1, help="Euler steps (default: 1)")
     sam.add_argument('--guidance', type=within(float,0), default=1., help="classifier-free guidance of the last frame, rising from 1; used with several steps (default: 1, none)")
     sam.add_argument('--fps', type=within(int,1), default=7, help="frames a second (default: 7)")
     sam.add_argument('--motion-bucket', type=within(int,0,255), default=127, help="how much motion, 0 to 255 (default: 127)")
     sam.add_argument('--noise-aug', type=within(float,0), default=.02, help="noise on the picture's pixels (default: 0.02)")
+    sam.add_argument('--device', help="cpu, cuda or cuda:1 (default: the first GPU, or else the CPU)")
+    sam.add_argument('--dtype', choices=('fp32','fp16','bf16'), default='fp32', help="of UNet and image tower; the VAE stays in fp32 unless this is bf16 (default: fp32)")
+    sam.add_argument('--decoder', metavar='FOLDER', help="a diffusers AutoencoderTiny to decode with, or hub:owner/name")
+    sam.add_argument('--chunk', type=within(int,1), help="frames decoded at a time, to save memory (default: whole clips)")
+    exp = _verb(verbs, 'export', _export, "a run, finished or stopped, to a folder for stock diffusers, with a model card", 'student')
+    exp.add_argument('run_folder', metavar='RUN', help="folder of a distil run, or any pipeline")
+    exp.add_argument('--dtype', choices=('fp32','fp16','bf16'), default='fp16', help="of UNet and VAE in the files (default: fp16)")
+    exp.add_argument('--variant', help="a word in the files' names, such as the public checkpoint's fp16")
+    pla = _verb(verbs, 'plan', _plan, "memory, FLOPs and days of a distil run, counted without a GPU", 'plan.json')
+    _recipe_options(pla)
+    pla.add_argument('--base', help="pipeline whose sizes are meant (default: Stable Video Diffusion as published)")
+    pla.add_argument('--gpu', default='a100-80', help="rtx-4090, a100-40, rtx-a6000, l40s, a100-80, h100-80 or h200 (default: a100-80)")
+    pla.add_argument('--gpus', type=within(int,1), default=8, help="how many (default: 8)")
+    pla.add_argument('--utilisation', type=within(float,.01,1), default=.35, help="share of the cards' peak that a run gets (default: 0.35)")
+    pla.add_argument('--clips', type=within(int,1), default=1_000_000, help="prepared clips, for the size of their shards (default: 1000000)")
     eva = _verb(verbs, 'evaluate', _evaluate, "compare runs with real clips and with each other, in one table", 'evaluation')
     eva.add_argument('ways', nargs='*', metavar='RUN', help="MODEL[@STEPS[xGUIDANCE]], such as runs/student or digits-teacher@25x2; @STEPSr noises afresh between steps")
     eva.add_argument('--clips', type=within(int,64), default=2048, help="clips a side, at least 64 (default: 2048)")
@@ -273,11 +329,12 @@ def parser()->argparse.ArgumentParser:
     ben.add_argument('--base', default='digits-teacher', help="pipeline to measure (default: the shipped digits-teacher)")
     return p
 
-# %% ../nbs/11_cli.ipynb #1522eaa0
+# %% ../nbs/11_cli.ipynb #623dc5bb
 def main(argv:list[str]|None=None)->int:
     "Run a verb; 0 only on success, one line on stderr otherwise"
     args = parser().parse_args(argv)
-    for k,v in dict(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error').items(): os.environ.setdefault(k, v)
+    asks_hub = any(str(o).startswith('hub:') for o in vars(args).values())
+    for k,v in dict(HF_HUB_OFFLINE='0' if asks_hub else '1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error').items(): os.environ.setdefault(k, v)
     try: return args.run(args) or 0
     except (Exception,KeyboardInterrupt) as e:
         if args.debug: raise
@@ -286,6 +343,9 @@ def main(argv:list[str]|None=None)->int:
 def _complain(args, e, code:int)->int:
     "An error as one line"
     named = isinstance(e,OSError) and e.strerror and e.filename
+    if type(e).__name__=='OutOfMemoryError' or isinstance(e,MemoryError):
+        cure = 'sample: --dtype fp16, --chunk 1, --batch 1, a smaller --height and --width' if args.verb=='sample' else '--set checkpointing=true, a larger accumulation, fewer or smaller frames, or --recipe svd-lora; sfv-lite plan tells what fits'
+        e = f"out of memory; lower it by {cure}"
     text = f"{e.filename}: {e.strerror}" if named else str(e) or ('interrupted' if code==130 else type(e).__name__)
     print(f"sfv-lite {args.verb}: error: {' '.join(text.split())}", file=sys.stderr)
     return code

@@ -153,7 +153,7 @@ def shard_bytes(
     with FakeTensorMode(): b = fake_batch(sizes, recipe, 1)
     return 2*(b.latents.numel() + noisy*b.cond.image_latents.numel() + b.cond.image_embeds.numel())
 
-# %% ../nbs/08b_plan.ipynb #0646817f
+# %% ../nbs/08b_plan.ipynb #1cfd70a8
 def plan(
     recipe:Recipe,
     gpu:str='a100-80', # one of `GPUS`
@@ -164,6 +164,7 @@ def plan(
 )->dict:               # figures, all in bytes, FLOPs and days; raises `RecipeError` where the batch cannot be shared out
     "What a run of `distil` takes"
     if recipe.batch%(gpus*recipe.accumulation): raise RecipeError(f"recipe [{recipe.name}]: a batch of {recipe.batch} cannot be shared out evenly; GPUs × accumulation = {gpus} × {recipe.accumulation} must divide it")
+    if gpu not in GPUS: raise RecipeError(f"gpu = {gpu}: must be one of {', '.join(GPUS)}")
     sizes,(gb,tflops) = network_sizes(base),GPUS[gpu]
     recipe = dataclasses.replace(recipe, precision='bf16' if recipe.precision=='auto' else recipe.precision, tracker='none')
     with FakeTensorMode(): vae = bytes_of(networks(**sizes)['vae'].parameters())

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'SHIPPED', 'quietly', 'svd_config', 'networks', 'untrained', 'digits_pipeline', 'svd_sizes', 'svd_pipeline',
            'Condition', 'Batch', 'unet_input', 'Denoiser', 'Encoder', 'encoder_features', 'checkpoint_blocks',
            'add_lora', 'without_lora', 'merge_lora', 'image_embeds', 'condition', 'encode', 'decode', 'replace_folder',
-           'save_pipeline', 'pipeline_folder', 'load_pipeline', 'check_svd', 'check_size', 'pretrained']
+           'save_pipeline', 'pipeline_folder', 'load_pipeline', 'load_decoder', 'check_svd', 'check_size', 'pretrained']
 
 # %% ../nbs/02_svd.ipynb #1c9b747d
 import contextlib, copy, json, os, shutil
@@ -321,12 +321,13 @@ def replace_folder(
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/02_svd.ipynb #9436319d
+# %% ../nbs/02_svd.ipynb #c467803b
 def save_pipeline(
     pipe,             # a `StableVideoDiffusionPipeline`
     folder:str|Path,  # where; written whole or not at all
     dtype:torch.dtype|None=None, # of the weights of UNet and VAE in the file; None keeps them
-    variant:str|None=None        # a word in the files' names, as in the public checkpoint's "fp16"
+    variant:str|None=None,       # a word in the files' names, as in the public checkpoint's "fp16"
+    card:str|None=None           # text of a README.md
 )->Path:
     "Save as a folder that stock diffusers opens without this package: safetensors, JSON, stock class names"
     folder = Path(folder)
@@ -347,21 +348,26 @@ def save_pipeline(
     for file in part.rglob('*.json'): # where it was loaded from is nobody's business
         kept = {k:v for k,v in json.loads(file.read_text()).items() if k!='_name_or_path'}
         file.write_text(json.dumps(kept, indent=2)+'\n')
+    if card: (part/'README.md').write_text(card)
     replace_folder(part, folder)
     return folder
 
 # %% ../nbs/02_svd.ipynb #2c19e73a
 WEIGHTS,SHIPPED = Path(sfv_lite.__file__).parent/'weights',('digits','digits-teacher')
 
-# %% ../nbs/02_svd.ipynb #17c6e5b8
+# %% ../nbs/02_svd.ipynb #310891d7
+def _from_hub(name:str, patterns:list[str])->Path:
+    "What `hub:owner/name` stands for: a folder in the Hub's cache, filled if need be"
+    from huggingface_hub import snapshot_download
+    try: return Path(snapshot_download(name.removeprefix('hub:'), allow_patterns=patterns))
+    except Exception as e: raise FileNotFoundError(f"{name}: cannot be had from the Hub: {' '.join(str(e).split())[:200]}") from e
+
+# %% ../nbs/02_svd.ipynb #96636e97
 def pipeline_folder(
     path:str|Path # a pipeline folder, a run's folder that holds one as `pipeline`, the name of shipped weights, or `hub:owner/name`, which is downloaded unless it was before
 )->Path:          # the pipeline folder
     "Find the pipeline that a user means"
-    if str(path).startswith('hub:'):
-        from huggingface_hub import snapshot_download
-        try: return Path(snapshot_download(str(path)[4:], allow_patterns=['*.json','*.fp16.safetensors']))
-        except Exception as e: raise FileNotFoundError(f"{path}: cannot be had from the Hub: {' '.join(str(e).split())[:200]}") from e
+    if str(path).startswith('hub:'): return _from_hub(str(path), ['*.json','*.fp16.safetensors'])
     for folder in (Path(path), Path(path)/'pipeline', WEIGHTS/str(path)):
         if (folder/'model_index.json').is_file(): return folder
     raise FileNotFoundError(f"{path}: no pipeline here (no model_index.json); give a saved pipeline, a finished run, one of {', '.join(SHIPPED)}, or hub:owner/name to download one")
@@ -374,7 +380,7 @@ def _variant(
     if not names: raise ValueError(f"{folder}/unet: no diffusion_pytorch_model.safetensors; only safetensors are opened")
     return 'fp16' if all('.fp16' in o for o in names) else None
 
-# %% ../nbs/02_svd.ipynb #684bb47a
+# %% ../nbs/02_svd.ipynb #baf33568
 def load_pipeline(
     path:str|Path, # as for `pipeline_folder`
     dtype:torch.dtype=torch.float32 # of UNet and image tower; the VAE stays in fp32 unless this is bf16, since fp16 gives black frames
@@ -388,12 +394,30 @@ def load_pipeline(
     if missing: raise FileNotFoundError(f"{folder}: lacks {', '.join(missing)}; a pipeline needs every folder that its model_index.json names")
     with quietly():
         from diffusers import StableVideoDiffusionPipeline
-        try: pipe = StableVideoDiffusionPipeline.from_pretrained(folder, local_files_only=True, variant=_variant(folder), torch_dtype=dtype, use_safetensors=True)
+        try: pipe = StableVideoDiffusionPipeline.from_pretrained(folder, local_files_only=True, variant=_variant(folder), use_safetensors=True)
         except Exception as e: raise ValueError(f"{folder}: cannot be opened as a Stable Video Diffusion pipeline: {' '.join(str(e).split())[:200]}") from e
-    if dtype is torch.float16: pipe.vae.float()
+    for o in (pipe.unet,pipe.image_encoder): o.to(dtype)
+    pipe.vae.to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
     check_svd(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+# %% ../nbs/02_svd.ipynb #d1f2a9be
+def load_decoder(
+    path:str|Path, # folder of an `AutoencoderTiny`, or `hub:owner/name`
+    pipe           # the `StableVideoDiffusionPipeline` that it is to serve
+):                 # an `AutoencoderTiny` where the pipeline's VAE is
+    "Open a small decoder that takes the VAE's place"
+    if str(path).startswith('hub:'): path = _from_hub(str(path), ['*.json','*.safetensors'])
+    if not (Path(path)/'config.json').is_file(): raise FileNotFoundError(f"{path}: no decoder here (no config.json); give a folder saved by diffusers' AutoencoderTiny, or hub:owner/name")
+    with quietly():
+        from diffusers import AutoencoderTiny
+        try: tiny = AutoencoderTiny.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        except Exception as e: raise ValueError(f"{path}: cannot be opened as an AutoencoderTiny: {' '.join(str(e).split())[:200]}") from e
+    factor = 2**(len(tiny.config.decoder_block_out_channels)-1)
+    if (factor,tiny.config.latent_channels)!=(pipe.vae_scale_factor,pipe.vae.config.latent_channels):
+        raise ValueError(f"{path}: decodes {tiny.config.latent_channels} channels at factor {factor}; the model has {pipe.vae.config.latent_channels} at {pipe.vae_scale_factor}")
+    return tiny.to(pipe.vae.device, pipe.vae.dtype).eval()
 
 # %% ../nbs/02_svd.ipynb #66192238
 def check_svd(

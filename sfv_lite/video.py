@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['N_FRAMES', 'CANVAS', 'DIGIT', 'ROOM', 'SPEED', 'to_uint8', 'tile', 'show_clips', 'handwritten_digits', 'bounce',
            'tents', 'draw', 'random_velocity', 'Truth', 'moving_digits', 'centres', 'motion_speed', 'labelled', 'shown',
-           'contact_sheet', 'save_clip', 'load_clip', 'load_image']
+           'contact_sheet', 'save_clip', 'save_frames', 'load_clip', 'load_image']
 
-# %% ../nbs/00_video.ipynb #baac2634
-import functools, os
+# %% ../nbs/00_video.ipynb #f0534b28
+import functools, os, shutil
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -237,6 +237,24 @@ def save_clip(
     except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from e
     finally: part.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_video.ipynb #08e1e09e
+def save_frames(
+    x:Tensor,     # `(t 3 h w)` in [-1, 1]
+    folder:str|Path # of `000.png`, `001.png` …; must not exist
+)->Path:          # the folder
+    "Write a clip frame by frame; the folder appears whole or not at all"
+    from PIL import Image
+    folder = Path(folder)
+    if folder.exists(): raise FileExistsError(f"{folder}: exists; frames go into a new folder")
+    part = folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for i,frame in enumerate(to_uint8(rearrange(x, 't c h w -> t h w c'))): Image.fromarray(frame).save(part/f'{i:03}.png')
+        os.replace(part, folder)
+    finally: shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 # %% ../nbs/00_video.ipynb #610859e1
 def load_clip(

@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(clips=32, batch=4, teacher_batch=4, steps=6, teacher_steps=6, head_start=0, warmup=0, teacher_warmup=0, schedule='constant',
-    accumulation=1, log_every=1, save_every=1000, sample_every=1000, precision='no', tracker='none')
+    accumulation=1, log_every=1, save_every=1000, sample_every=1000, precision='no', tracker='none', T_g=4, lam=.1)
 
 
 def pytest_addoption(parser):

@@ -1,13 +1,15 @@
 "What `plan` counts, against what fresh processes take"
 import dataclasses, json
+from pathlib import Path
 import pytest
 from conftest import python, recipe, sfv
-from sfv_lite.plan import GPUS, flops_of, memory_of, plan, shard_bytes
-from sfv_lite.recipe import Recipe, RecipeError
-from sfv_lite.svd import svd_sizes
+from sfv_lite.plan import fake_batch, flops_of, memory_of, network_sizes, shard_bytes
+from sfv_lite.recipe import Recipe
+from sfv_lite.svd import load_pipeline, svd_sizes
+from sfv_lite.train import State, count_flops, make_accelerator, one_step
 
 PROCESS = '''if 1:
-    import re, sys, torch
+    import gc, re, sys, torch
     from types import SimpleNamespace
     from sfv_lite.plan import fake_batch
     from sfv_lite.recipe import Recipe
@@ -15,36 +17,71 @@ PROCESS = '''if 1:
     from sfv_lite.train import State, distil_step, make_accelerator
     torch.set_num_threads(1)
     sizes,r = eval(sys.argv[1]),Recipe(**eval(sys.argv[2]))
-    high = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])*1024
-    tiny = networks(**(sizes | dict(unet=sizes['unet'] | dict(block_out_channels=(32,32,32,32), num_attention_heads=1))))['unet'] # so that libraries are loaded
-    acc = make_accelerator(r)
-    del tiny
-    before = high()
-    small = dict(block_out_channels=(32,32,32,32), layers_per_block=1)
-    s = State.create(SimpleNamespace(unet=networks(sizes['unet'], sizes['vae'] | small, sizes['image_encoder'] | dict(num_hidden_layers=1))['unet']), r, acc)
+    read = lambda k: int(re.search(k + r':\\s+(\\d+)', open('/proc/self/status').read())[1])*1024
+    def state(**change): # VAE and tower are not trained and not counted
+        return State.create(SimpleNamespace(unet=networks(**(sizes | dict(unet=sizes['unet'] | change)))['unet']), r, make_accelerator(r))
+    s = state(block_out_channels=(32,)*4, num_attention_heads=1) # a small one first, so that all libraries are loaded and warm
+    for _ in range(r.accumulation): distil_step(s, fake_batch(sizes, r, r.batch//r.accumulation))
+    del s
+    gc.collect()
+    before = read('VmRSS')
+    open('/proc/self/clear_refs', 'w').write('5') # the highest so far is forgotten
+    s = state()
     batch = fake_batch(sizes, r, r.batch//r.accumulation)
     for _ in range(2*r.accumulation): distil_step(s, batch)
     assert s.step==2
-    print(high()-before)
+    print(read('VmHWM')-before)
 '''
 
 
 def sizes(*widths):
     "SVD's UNet at other widths; what is beside it is small"
     o = svd_sizes(small=True)
-    return o | dict(unet=svd_sizes()['unet'] | dict(block_out_channels=widths, num_attention_heads=(5,10,20,20), cross_attention_dim=64))
+    return o | dict(unet=svd_sizes()['unet'] | dict(block_out_channels=widths, num_attention_heads=[o//32 for o in widths], cross_attention_dim=64))
 
 
-@pytest.mark.skipif('not __import__("pathlib").Path("/proc/self/status").exists()', reason="the peak of resident memory is read from /proc")
-@pytest.mark.parametrize('case', ['weights','activations','lora'])
+CASES = { # widths, what changes; the large ones take 2 to 5 GB and minutes
+    'small':((64,128,256,256), dict(height=64, width=64, optimizer='sm3', accumulation=1)), 'weights':((128,256,512,512), dict(height=64, width=64, optimizer='sm3', accumulation=2)),
+    'activations':((96,192,384,384), dict(height=128, width=192, optimizer='sm3', accumulation=1)), 'lora':((192,384,768,768), dict(height=64, width=64, lora_rank=16, accumulation=2, checkpointing=True))}
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="the peak of resident memory is read from /proc")
+@pytest.mark.parametrize('case', [pytest.param(o, marks=[] if o=='small' else pytest.mark.slow) for o in CASES])
 def test_memory_is_what_a_process_takes(case, tmp_path):
-    "Two optimiser steps of UNets of 0.1 to 0.4 billion weights, more than 2 GB each: the highest resident memory is within 10 % of the plan"
-    widths,keys = {'weights':((160,320,640,640), dict(height=64, width=64, optimizer='sm3', accumulation=2)), 'activations':((80,160,320,320), dict(height=128, width=192, optimizer='sm3', accumulation=1)),
-        'lora':((160,320,640,640), dict(height=64, width=128, lora_rank=16, accumulation=2, checkpointing=True))}[case]
+    """Two optimiser steps of UNets of 0.06 to 0.5 billion weights: the highest resident memory of a fresh process is within 10 % of the plan.
+    (glibc is asked to give freed memory back; by itself it keeps a few hundred MB of fragments, of which a plan knows nothing.)"""
+    widths,keys = CASES[case]
     r = dataclasses.replace(Recipe.load('svd-lora', **{**dict(precision='no', lora_rank=0, checkpointing=False, head_start=0, r1_every=1, head_width=64), **keys}), batch=keys['accumulation'])
     (tmp_path/'run.py').write_text(PROCESS)
-    done = python(tmp_path/'run.py', repr(sizes(*widths)), repr(dataclasses.asdict(r)), timeout=600)
+    done = python(tmp_path/'run.py', repr(sizes(*widths)), repr(dataclasses.asdict(r)), timeout=900, env=dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'))
     assert done.returncode==0, done.stderr[-3000:]
     took,counted = int(done.stdout),memory_of(r, sizes(*widths), gpu=False)
     print(case, f'{took/2**30:.2f} GB taken', {k:f'{v/2**30:.2f}' for k,v in counted.items()})
-    assert counted['peak']>2e9 and abs(counted['peak']/took-1)<.1, (took, counted)
+    assert (counted['peak']>2e9 or case=='small') and abs(counted['peak']/took-1)<.1, (took, counted)
+
+
+def test_flops_are_those_of_a_real_step(base):
+    "Counted on fake tensors, the step of digits costs what `count_flops` counts on real ones; R1 is in for its share"
+    r = recipe(batch=1, r1_every=4)
+    state = State.create(load_pipeline(base), r, make_accelerator(r))
+    batch = fake_batch(network_sizes(base), r, 1)
+    def at(step):
+        state.step = step
+        return count_flops(lambda: one_step(state, batch))
+    assert flops_of(dataclasses.replace(r, batch=6), network_sizes(base))==6*(at(0)+3*at(1))/4
+
+
+def test_plan_on_the_command_line(base, tmp_path):
+    "Table, verdict and a file; more cards share the batch; a batch that they cannot share is refused"
+    def ask(*more): return sfv('plan', '--recipe', 'digits', '--base', base, '-o', tmp_path/'plan.json', *more)
+    done = ask('--gpu', 'l40s', '--gpus', 2)
+    assert done.returncode==0, done.stderr
+    p = json.loads((tmp_path/'plan.json').read_text())
+    assert all(o in done.stdout for o in ('weights of G','peak','fits','TFLOP a step','days','a clip')) and p['fits'] and p['gpus']==2
+    for o in p['memory'].values(): assert o['peak']==sum(v for k,v in o.items() if k!='peak')
+    assert p['clip']==shard_bytes(recipe(), network_sizes(base))
+    done = ask('--gpus', 3)
+    assert done.returncode==1 and len(done.stderr.splitlines())==1 and 'batch of 16' in done.stderr
+    done = ask('--gpu', 'gt-710')
+    assert done.returncode==1 and len(done.stderr.splitlines())==1 and 'a100-80' in done.stderr
+
