@@ -396,8 +396,8 @@ def load_pipeline(
         from diffusers import StableVideoDiffusionPipeline
         try: pipe = StableVideoDiffusionPipeline.from_pretrained(folder, local_files_only=True, variant=_variant(folder), use_safetensors=True)
         except Exception as e: raise ValueError(f"{folder}: cannot be opened as a Stable Video Diffusion pipeline: {' '.join(str(e).split())[:200]}") from e
-    for o in (pipe.unet,pipe.image_encoder): o.to(dtype)
-    pipe.vae.to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
+        for o in (pipe.unet,pipe.image_encoder): o.to(dtype)
+        pipe.vae.to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
     check_svd(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
