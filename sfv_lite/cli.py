@@ -259,14 +259,9 @@ def _bench(args):
     for name,rows in result.items(): print(f'\n{name}\n\n{table(rows)}')
     print(f'\n{args.out}')
 
-# %% ../nbs/11_cli.ipynb #b59907bf
-def parser()->argparse.ArgumentParser:
-    "All verbs and their options"
-    p = _Parser('sfv-lite', description="SF-V: image-to-video in one forward pass, taught and trained")
-    p.add_argument('--version', action='version', version=f'sfv-lite {sfv_lite.__version__}')
-    verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
-    demo = _verb(verbs, 'demo', _demo, "held-out digits through teacher (25 steps, 1 step) and student (1 step)", 'demo')
-    demo.add_argument('--clips', type=within(int,1,297), default=8, help="how many, at most 297 (default: 8)")
+# %% ../nbs/11_cli.ipynb #e2ede0ee
+def _training(verbs)->None:
+    "Verbs that make a model: videos to shards, and the three runs"
     prep = _verb(verbs, 'prepare', _prepare, "videos to shards of latents, for --data; goes on where it was stopped", 'shards')
     _recipe_options(prep)
     prep.add_argument('source', metavar='SOURCE', help="a folder of videos (any depth), a text file with one path a line, or one video")
@@ -285,6 +280,12 @@ def parser()->argparse.ArgumentParser:
     for o in (pre,dis): o.add_argument('--data', type=Path, metavar='SHARDS', help="a folder that prepare made (default: the built-in moving digits)")
     pre.add_argument('--base', default='digits-teacher', help="pipeline whose VAE and image tower are used (default: the shipped digits-teacher)")
     dis.add_argument('--base', default='digits-teacher', help="pre-trained pipeline to start from (default: the shipped digits-teacher)")
+
+# %% ../nbs/11_cli.ipynb #a7cbf7db
+def _using(verbs)->None:
+    "Verbs that use one: clips, and a folder to give away"
+    demo = _verb(verbs, 'demo', _demo, "held-out digits through teacher (25 steps, 1 step) and student (1 step)", 'demo')
+    demo.add_argument('--clips', type=within(int,1,297), default=8, help="how many, at most 297 (default: 8)")
     sam = _verb(verbs, 'sample', _sample, "pictures to clips", 'clip.gif')
     sam.add_argument('image', metavar='IMAGE', help="a picture, a folder of pictures (then OUT is a folder), or digit:N with N from 0 to 1796")
     sam.add_argument('--model', default='digits', help="pipeline folder, run folder, or shipped weights (default: digits, the one-step student)")
@@ -307,6 +308,10 @@ def parser()->argparse.ArgumentParser:
     exp.add_argument('run_folder', metavar='RUN', help="folder of a distil run, or any pipeline")
     exp.add_argument('--dtype', choices=('fp32','fp16','bf16'), default='fp16', help="of UNet and VAE in the files (default: fp16)")
     exp.add_argument('--variant', help="a word in the files' names, such as the public checkpoint's fp16")
+
+# %% ../nbs/11_cli.ipynb #97958296
+def _measuring(verbs)->None:
+    "Verbs that say what a run will take, and what it was worth"
     pla = _verb(verbs, 'plan', _plan, "memory, FLOPs and days of a distil run, counted without a GPU", 'plan.json')
     _recipe_options(pla)
     pla.add_argument('--base', help="pipeline whose sizes are meant (default: Stable Video Diffusion as published)")
@@ -327,6 +332,14 @@ def parser()->argparse.ArgumentParser:
     ben = _verb(verbs, 'bench', _bench, "FLOPs and seconds of a training step and of sampling", 'bench.json')
     _recipe_options(ben)
     ben.add_argument('--base', default='digits-teacher', help="pipeline to measure (default: the shipped digits-teacher)")
+
+# %% ../nbs/11_cli.ipynb #932934e0
+def parser()->argparse.ArgumentParser:
+    "All verbs and their options"
+    p = _Parser('sfv-lite', description="SF-V: image-to-video in one forward pass, taught and trained")
+    p.add_argument('--version', action='version', version=f'sfv-lite {sfv_lite.__version__}')
+    verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
+    for add in (_using,_training,_measuring): add(verbs)
     return p
 
 # %% ../nbs/11_cli.ipynb #623dc5bb

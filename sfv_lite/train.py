@@ -661,7 +661,7 @@ def distil(
             if asked: break
         return run.finish(s.step, s.micro, total, s.ema, pipe, s.G)
 
-# %% ../nbs/08_train.ipynb #e45657d0
+# %% ../nbs/08_train.ipynb #b37d729d
 def student_of(
     run:str|Path # folder of a `distil` run, finished or stopped; or any pipeline
 ):               # a `StableVideoDiffusionPipeline` in fp32
@@ -680,6 +680,7 @@ def student_of(
     if recipe.lora_rank: merge_lora(pipe.unet)
     return pipe
 
+# %% ../nbs/08_train.ipynb #8de872a0
 CARD = """---
 library_name: diffusers
 pipeline_tag: image-to-video
@@ -704,9 +705,10 @@ One call of the UNet makes the clip; no guidance, no second step. Made for {fram
 
 ## Terms and limits
 
-The licence of the base model holds for this one too. What the base cannot show, this cannot either; complex motion suffers first (SF-V, §5).
+The licence of the base model holds for this one too. What the base cannot show, this cannot either; complex motion suffers first, as SF-V's authors say of their own.
 """
 
+# %% ../nbs/08_train.ipynb #848fbe4b
 def export(
     run:str|Path,    # as for `student_of`
     out:str|Path,    # folder, written whole or not at all

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from sfv_lite.plan import GPUS, fake_batch, flops_of, memory_of
+from sfv_lite.plan import GPUS, random_batch, flops_of, memory_of
 from sfv_lite.recipe import Recipe
 from sfv_lite.sampling import fastest, sample_euler, sample_once
 from sfv_lite.edm import karras_sigmas
@@ -22,7 +22,7 @@ def training(pipe, recipe, sizes, gpu:bool)->dict:
     acc = make_accelerator(recipe)
     pipe.unet.to(acc.device)
     s = State.create(pipe, recipe, acc)
-    batch = fake_batch(sizes, recipe, 1).to(acc.device)
+    batch = random_batch(sizes, recipe, 1).to(acc.device)
     if gpu: torch.cuda.reset_peak_memory_stats()
     for _ in range(2): distil_step(s, batch)
     peak = torch.cuda.max_memory_allocated() if gpu else None
@@ -36,7 +36,7 @@ def training(pipe, recipe, sizes, gpu:bool)->dict:
 def sampling(pipe, recipe, sizes, gpu:bool)->dict:
     "Seconds of one and of 25 guided steps, compiled and not"
     device,dtype = ('cuda',torch.bfloat16) if gpu else ('cpu',torch.float32)
-    D,b = Denoiser(pipe.unet.to(device, dtype)).eval(),fake_batch(sizes, recipe, 1).to(device)
+    D,b = Denoiser(pipe.unet.to(device, dtype)).eval(),random_batch(sizes, recipe, 1).to(device)
     once = lambda: sample_once(D, b.cond, b.latents)
     found = dict(one_step=fastest(once, 3), steps_25=fastest(lambda: sample_euler(D, b.cond, b.latents, karras_sigmas(25).flip(0), torch.linspace(1, 3, recipe.frames)), 1))
     if gpu:

@@ -124,7 +124,7 @@ def test_true_width(tmp_path):
     script = """if 1:
         import gc, re, sys, time, torch
         from pathlib import Path
-        from sfv_lite.plan import fake_batch, network_sizes
+        from sfv_lite.plan import random_batch, network_sizes
         from sfv_lite.recipe import Recipe
         from sfv_lite.sampling import clips_of
         from sfv_lite.svd import load_pipeline, save_pipeline, svd_pipeline
@@ -150,7 +150,7 @@ def test_true_width(tmp_path):
         r = Recipe.load('svd-lora', height=64, width=64, batch=1, accumulation=1, precision='no')
         s = State.create(pipe, r, make_accelerator(r))
         assert [o.inp.in_channels for o in s.D.heads.spatial]==[o.inp.in_channels for o in s.D.heads.temporal]==[320,640,1280,1280]
-        log = distil_step(s, fake_batch(network_sizes(), r, 1))
+        log = distil_step(s, random_batch(network_sizes(), r, 1))
         assert s.step==1 and all(map(torch.isfinite, map(torch.tensor, log.values())))
         say('trained')"""
     (tmp_path/'run.py').write_text(script)

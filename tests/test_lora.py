@@ -1,5 +1,5 @@
 "One UNet in three roles: base of G, teacher and the judges' eye"
-import copy, json
+
 import pytest, torch
 from conftest import files, recipe, relative, sets
 from sfv_lite.heads import Discriminator

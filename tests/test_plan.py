@@ -3,7 +3,7 @@ import dataclasses, json
 from pathlib import Path
 import pytest
 from conftest import python, recipe, sfv
-from sfv_lite.plan import fake_batch, flops_of, memory_of, network_sizes, shard_bytes
+from sfv_lite.plan import random_batch, flops_of, memory_of, network_sizes, shard_bytes
 from sfv_lite.recipe import Recipe
 from sfv_lite.svd import load_pipeline, svd_sizes
 from sfv_lite.train import State, count_flops, make_accelerator, one_step
@@ -11,7 +11,7 @@ from sfv_lite.train import State, count_flops, make_accelerator, one_step
 PROCESS = '''if 1:
     import gc, re, sys, torch
     from types import SimpleNamespace
-    from sfv_lite.plan import fake_batch
+    from sfv_lite.plan import random_batch
     from sfv_lite.recipe import Recipe
     from sfv_lite.svd import networks
     from sfv_lite.train import State, distil_step, make_accelerator
@@ -21,13 +21,13 @@ PROCESS = '''if 1:
     def state(**change): # VAE and tower are not trained and not counted
         return State.create(SimpleNamespace(unet=networks(**(sizes | dict(unet=sizes['unet'] | change)))['unet']), r, make_accelerator(r))
     s = state(block_out_channels=(32,)*4, num_attention_heads=1) # a small one first, so that all libraries are loaded and warm
-    for _ in range(r.accumulation): distil_step(s, fake_batch(sizes, r, r.batch//r.accumulation))
+    for _ in range(r.accumulation): distil_step(s, random_batch(sizes, r, r.batch//r.accumulation))
     del s
     gc.collect()
     before = read('VmRSS')
     open('/proc/self/clear_refs', 'w').write('5') # the highest so far is forgotten
     s = state()
-    batch = fake_batch(sizes, r, r.batch//r.accumulation)
+    batch = random_batch(sizes, r, r.batch//r.accumulation)
     for _ in range(2*r.accumulation): distil_step(s, batch)
     assert s.step==2
     print(read('VmHWM')-before)
@@ -64,7 +64,7 @@ def test_flops_are_those_of_a_real_step(base):
     "Counted on fake tensors, the step of digits costs what `count_flops` counts on real ones; R1 is in for its share"
     r = recipe(batch=1, r1_every=4)
     state = State.create(load_pipeline(base), r, make_accelerator(r))
-    batch = fake_batch(network_sizes(base), r, 1)
+    batch = random_batch(network_sizes(base), r, 1)
     def at(step):
         state.step = step
         return count_flops(lambda: one_step(state, batch))
