@@ -1,17 +1,9 @@
 "One UNet in three roles: base of G, teacher and the judges' eye"
-
 import pytest, torch
-from conftest import files, recipe, relative, sets
+from conftest import recipe, relative
 from sfv_lite.heads import Discriminator
-from sfv_lite.svd import add_lora, digits_pipeline, load_pipeline, save_pipeline, svd_pipeline
-from sfv_lite.train import State, descend, distil, distil_step, digit_clips, learning, make_accelerator
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+from sfv_lite.svd import Batch, Condition, digits_pipeline, svd_pipeline
+from sfv_lite.train import State, distil_step, learning, make_accelerator
 
 
 def state_of(pipe, **overrides):
@@ -47,7 +39,6 @@ def test_gradients_are_those_of_two_copies(size, monkeypatch):
 
 
 def random_batch(pipe, b=2):
-    from sfv_lite.svd import Batch, Condition
     c,g = pipe.unet.config,torch.Generator().manual_seed(1)
     r = lambda *shape: torch.randn(*shape, generator=g).double()
     return Batch(r(b,c.num_frames,4,8,8), Condition(r(b,4,8,8), r(b,1,c.cross_attention_dim), torch.tensor([[6.,127.,.02]]*b).double()))
