@@ -317,7 +317,7 @@ def _measuring(verbs)->None:
     pla.add_argument('--base', help="pipeline whose sizes are meant (default: Stable Video Diffusion as published)")
     pla.add_argument('--gpu', default='a100-80', help="rtx-4090, a100-40, rtx-a6000, l40s, a100-80, h100-80 or h200 (default: a100-80)")
     pla.add_argument('--gpus', type=within(int,1), default=8, help="how many (default: 8)")
-    pla.add_argument('--utilisation', type=within(float,.01,1), default=.35, help="share of the cards' peak that a run gets (default: 0.35)")
+    pla.add_argument('--utilisation', type=within(float,.01,1), default=.09, help="share of the cards' peak that a run gets (default: 0.09, an H200's)")
     pla.add_argument('--clips', type=within(int,1), default=1_000_000, help="prepared clips, for the size of their shards (default: 1000000)")
     eva = _verb(verbs, 'evaluate', _evaluate, "compare runs with real clips and with each other, in one table", 'evaluation')
     eva.add_argument('ways', nargs='*', metavar='RUN', help="MODEL[@STEPS[xGUIDANCE]], such as runs/student or digits-teacher@25x2; @STEPSr noises afresh between steps")

@@ -306,19 +306,19 @@ def make_clips(
     first:Tensor, # `(n 3 h w)` in [-1, 1], first frames
     seed:int=0,
     batch:int=64  # clips at a time
-)->tuple[Tensor,float]: # clips `(n t 3 h w)`, seconds a clip, from picture to pixels
-    "One clip a picture. Clip i gets the same noise whoever makes it"
-    pipe = load_pipeline(way.model)
+)->tuple[Tensor,float]: # clips `(n t 3 h w)` on the CPU, seconds a clip, from picture to pixels
+    "One clip a picture, on a GPU where there is one. Clip i gets the same noise whoever makes it, wherever"
+    pipe = load_pipeline(way.model).to('cuda' if torch.cuda.is_available() else 'cpu')
     D,c,out,start = Denoiser(pipe.unet).eval(),pipe.unet.config,[],time.perf_counter()
     for i,image in enumerate(_bar(first.split(batch), str(way), leave=False)):
         g = torch.Generator().manual_seed(seed*1_000_003+i)
-        cond = condition(pipe, image, generator=g)
-        noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g)
+        cond = condition(pipe, image.to(pipe.device), generator=g)
+        noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g).to(pipe.device)
         sigmas = karras_sigmas(way.steps).flip(0) if way.steps>1 else None
         if way.steps==1: z = sample_once(D, cond, noise)
         elif way.renoise: z = sample_consistency(D, cond, noise, sigmas, g)
         else: z = sample_euler(D, cond, noise, sigmas, 1. if way.guidance==1 else torch.linspace(1, way.guidance, c.num_frames))
-        out.append(decode(pipe.vae, z))
+        out.append(decode(pipe.vae, z).cpu())
     return torch.cat(out), (time.perf_counter()-start)/len(first)
 
 # %% ../nbs/09_evaluate.ipynb #e2ad04b3

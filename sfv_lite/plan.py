@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'CONTEXT', 'Memory', 'pretending', 'bytes_of', 'random_batch', 'memory_of', 'flops_of', 'network_sizes',
            'shard_bytes', 'plan', 'verdict']
 
-# %% ../nbs/08b_plan.ipynb #545d1954
+# %% ../nbs/08b_plan.ipynb #b3983cc9
 import contextlib, dataclasses, json, weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from accelerate.state import AcceleratorState, PartialState
 from .recipe import Recipe, RecipeError
 from .svd import Batch, Condition, networks, pipeline_folder, svd_sizes
 from .train import State, count_flops, learning, make_accelerator, micro_batch, one_step
@@ -53,7 +54,7 @@ class Memory(TorchDispatchMode):
         "Forget the peak of before"
         self.peak = self.now.copy()
 
-# %% ../nbs/08b_plan.ipynb #44611eba
+# %% ../nbs/08b_plan.ipynb #739403b3
 def _copy(o:FakeTensor, memo:dict)->FakeTensor:
     "What `copy.deepcopy` makes of a fake parameter"
     if id(o) not in memo:
@@ -71,9 +72,10 @@ def pretending(
 ):
     "Run training code on fake tensors; yields the `Memory` that keeps the books"
     norms = [patch.object(F, o, _in_fp32(getattr(F, o))) for o in ('group_norm','layer_norm') if gpu]
+    no_gpu = [patch.dict(o._shared_state, clear=True) for o in (PartialState,AcceleratorState)] + [patch.dict('os.environ', ACCELERATE_USE_CPU='true')]
     still = patch.object(nn.Module, 'to', lambda self, *args, **kwargs: self)
     with contextlib.ExitStack() as stack:
-        for o in (FakeTensorMode(allow_non_fake_inputs=True), patch.object(FakeTensor, '__deepcopy__', _copy, create=True), still, *norms): stack.enter_context(o)
+        for o in (*no_gpu, FakeTensorMode(allow_non_fake_inputs=True), patch.object(FakeTensor, '__deepcopy__', _copy, create=True), still, *norms): stack.enter_context(o)
         yield stack.enter_context(Memory())
 
 # %% ../nbs/08b_plan.ipynb #929aecc6
@@ -153,13 +155,13 @@ def shard_bytes(
     with FakeTensorMode(): b = random_batch(sizes, recipe, 1)
     return 2*(b.latents.numel() + noisy*b.cond.image_latents.numel() + b.cond.image_embeds.numel())
 
-# %% ../nbs/08b_plan.ipynb #1cfd70a8
+# %% ../nbs/08b_plan.ipynb #935a8158
 def plan(
     recipe:Recipe,
     gpu:str='a100-80', # one of `GPUS`
     gpus:int=8,
     base:str|None=None,# as for `network_sizes`
-    utilisation:float=.35, # assumed share of the card's peak that a run gets, 0…1
+    utilisation:float=.09, # share of the card's peak that a run gets, 0…1; an H200's
     clips:int=1_000_000 # that are prepared once; the paper's number
 )->dict:               # figures, all in bytes, FLOPs and days; raises `RecipeError` where the batch cannot be shared out
     "What a run of `distil` takes"

@@ -1,10 +1,12 @@
-"""What a GPU does with SVD at its true width: eight minutes, no network, random weights.
+"""What a GPU does with SVD at its true width: a few minutes, no network, random weights.
 
-    python tests/gpu_check.py [-o gpu.json] [--height 448] [--width 768] [--cpu]
+    python tests/gpu_check.py [--recipe svd-lora] [-o gpu.json] [--height 448] [--width 768] [--cpu]
 
-Measures a bf16 LoRA step (forward, backward, both optimisers), its use of flash attention, FLOP utilisation and peak memory beside `plan`'s, one step of
-sampling beside 25, with `torch.compile` and without. `--cpu` runs the same lines on the small relative, but for the compiler, so that they are known to run."""
-import argparse, json, time
+Measures bf16 training steps of one clip (forward, backward, both optimisers), their use of flash attention, FLOP utilisation and peak memory beside
+`plan`'s, which another process works out meanwhile; then one step of sampling beside 25, with `torch.compile` and without. `--cpu` runs the same lines on
+the small relative, but for the compiler, so that they are known to run."""
+import argparse, gc, json, multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,20 +19,36 @@ from sfv_lite.svd import Denoiser, svd_pipeline, svd_sizes
 from sfv_lite.train import State, distil_step, make_accelerator
 
 
+def planned(recipe, small:bool, gpu:bool)->dict:
+    "TFLOP a step, on average over steps with R1 and without, and bytes"
+    sizes = svd_sizes(small=small)
+    return dict(tflop=flops_of(recipe, sizes)/1e12, memory=memory_of(recipe, sizes, gpu=gpu))
+
+
+def fresh_pipeline(small:bool, gpu:bool):
+    "Random weights, drawn where they are used; the other networks step aside on a GPU"
+    gc.collect()
+    if gpu: torch.set_default_device('cuda')
+    try: pipe = svd_pipeline(small=small)
+    finally: torch.set_default_device('cpu')
+    for o in (pipe.vae,pipe.image_encoder): o.to('cpu')
+    return pipe
+
+
 def training(pipe, recipe, sizes, gpu:bool)->dict:
-    "Step time, utilisation, memory, kernels of attention"
+    "Seconds of a step, on average over steps with R1 and without, peak memory, kernels of attention"
     acc = make_accelerator(recipe)
     pipe.unet.to(acc.device)
-    s = State.create(pipe, recipe, acc)
-    batch = random_batch(sizes, recipe, 1).to(acc.device)
+    s,batch = State.create(pipe, recipe, acc),random_batch(sizes, recipe, 1).to(acc.device)
+    def steps(n=recipe.r1_every):
+        for _ in range(n): distil_step(s, batch)
     if gpu: torch.cuda.reset_peak_memory_stats()
-    for _ in range(2): distil_step(s, batch)
+    steps()
     peak = torch.cuda.max_memory_allocated() if gpu else None
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen: distil_step(s, batch)
-    seconds = fastest(lambda: distil_step(s, batch), 3)
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen: steps(1)
+    steps(recipe.r1_every-1) # so that the timing below holds every kind of step once
     names = sorted({o.key for o in seen.key_averages() if any(k in o.key.lower() for k in ('flash','fmha','scaled_dot_product'))})
-    flops = flops_of(recipe, sizes)
-    return dict(seconds=seconds, tflop=flops/1e12, tflop_a_second=flops/seconds/1e12, attention_kernels=names, flash=any('flash' in o.lower() for o in names), peak=peak, planned=memory_of(recipe, sizes, gpu=gpu)['peak'])
+    return dict(seconds=fastest(steps, 2)/recipe.r1_every, peak=peak, attention_kernels=names, flash=any('flash' in o.lower() for o in names))
 
 
 def sampling(pipe, recipe, sizes, gpu:bool)->dict:
@@ -52,27 +70,25 @@ def sampling(pipe, recipe, sizes, gpu:bool)->dict:
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--recipe', choices=('svd-lora','svd'), default='svd-lora')
     p.add_argument('-o', '--out', type=Path, default='gpu.json')
     p.add_argument('--height', type=int, default=448)
     p.add_argument('--width', type=int, default=768)
+    p.add_argument('--no-sampling', action='store_true')
     p.add_argument('--cpu', action='store_true')
     a = p.parse_args()
-    gpu,start = not a.cpu,time.perf_counter()
+    gpu,small,start = not a.cpu,a.cpu,time.perf_counter()
     if gpu and not torch.cuda.is_available(): raise SystemExit('gpu_check: PyTorch sees no GPU here; --cpu runs the same lines small')
-    sizes = svd_sizes(small=a.cpu)
     h,w = (a.height,a.width) if gpu else (64,64)
-    recipe = Recipe.load('svd-lora', height=h, width=w, batch=1, accumulation=1, precision='bf16' if gpu else 'no', **({} if gpu else dict(lora_rank=4)))
-    found = dict(device=torch.cuda.get_device_name() if gpu else 'cpu', torch=torch.__version__, height=h, width=w)
-    if gpu: torch.set_default_device('cuda') # weights are drawn there, in seconds
-    pipe = svd_pipeline(small=a.cpu)
-    torch.set_default_device('cpu')
-    found['sampling'] = sampling(pipe, recipe, sizes, gpu)
-    del pipe
-    if gpu: torch.set_default_device('cuda')
-    pipe = svd_pipeline(small=a.cpu)
-    torch.set_default_device('cpu')
-    found['training'] = training(pipe, recipe, sizes, gpu) | dict(known_peaks_tflop_a_second={k:v for k,(_,v) in GPUS.items()})
-    found['seconds'] = time.perf_counter()-start
+    recipe = Recipe.load(a.recipe, height=h, width=w, batch=1, accumulation=1, precision='bf16' if gpu else 'no', **(dict(lora_rank=4) if small and a.recipe=='svd-lora' else {}))
+    found = dict(recipe=a.recipe, device=torch.cuda.get_device_name() if gpu else 'cpu', torch=torch.__version__, height=h, width=w)
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as other:
+        plan,sizes = other.submit(planned, recipe, small, gpu),svd_sizes(small=small)
+        found['training'] = training(fresh_pipeline(small, gpu), recipe, sizes, gpu)
+        if not a.no_sampling: found['sampling'] = sampling(fresh_pipeline(small, gpu), recipe, sizes, gpu)
+        found['planned'] = plan.result()
+    found['training']['tflop_a_second'] = found['planned']['tflop']/found['training']['seconds']
+    found |= dict(known_peaks_tflop_a_second={k:v for k,(_,v) in GPUS.items()}, seconds=time.perf_counter()-start)
     a.out.write_text(json.dumps(found, indent=1)+'\n')
     print(json.dumps(found, indent=1))
 

@@ -1,7 +1,8 @@
 "What `plan` counts, against what fresh processes take"
 import dataclasses, json
 from pathlib import Path
-import pytest
+import pytest, torch
+from accelerate import PartialState
 from conftest import python, recipe, sfv
 from sfv_lite.plan import random_batch, flops_of, memory_of, network_sizes, shard_bytes
 from sfv_lite.recipe import Recipe
@@ -69,6 +70,17 @@ def test_flops_are_those_of_a_real_step(base):
         state.step = step
         return count_flops(lambda: one_step(state, batch))
     assert flops_of(dataclasses.replace(r, batch=6), network_sizes(base))==6*(at(0)+3*at(1))/4
+
+
+def test_memory_is_planned_alike_where_there_is_a_gpu(base):
+    "Fake tensors lie on the CPU and so must autocast's, whatever accelerate found; what accelerate knows of a run in the same process is left as it was"
+    r,state = recipe(batch=1, precision='bf16'),PartialState()
+    expected,found = memory_of(r, network_sizes(base)),state.device
+    try:
+        state.device = torch.device('cuda')
+        assert memory_of(r, network_sizes(base))==expected and state.device.type=='cuda'
+    finally: state.device = found
+    assert memory_of(dataclasses.replace(r, precision='no'), network_sizes(base))['peak']!=expected['peak'] # so autocast is seen at all
 
 
 def test_plan_on_the_command_line(base, tmp_path):

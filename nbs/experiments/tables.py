@@ -6,6 +6,7 @@ Runs and encoded clips lie in FOLDER (a few GB); figures in nbs/experiments/resu
 its own seeds, may share FOLDER: `OMP_NUM_THREADS=1 taskset -c 0 python … --seeds 0` beside `… -c 1 … --seeds 1 2`."""
 import argparse, functools, json, os
 from pathlib import Path
+import torch
 from safetensors.torch import load_file, save_file
 from sfv_lite.baselines import LADD, consistency, teachers_clips
 from sfv_lite.evaluate import Exam, Way
@@ -38,7 +39,7 @@ def remembered(clips, folder:Path):
 
 def train(name:str, seed:int, folder:Path, base:str)->Path:
     "One run, from where it is"
-    recipe,out = Recipe.load('digits', seed=seed, **ROWS[name][0]),folder/f'{name} {seed}'.replace(' ','-')
+    recipe,out = Recipe.load('digits', seed=seed, precision='no', **ROWS[name][0]),folder/f'{name} {seed}'.replace(' ','-')
     if (out/'pipeline').exists(): return out/'pipeline'
     clips = remembered(teachers_clips(Way(base,25)), folder/'made') if name=='ladd' else remembered(digit_clips, folder/'real')
     run = consistency if name=='consistency' else distil
@@ -53,13 +54,15 @@ def main():
     p.add_argument('--base', default='digits-teacher')
     p.add_argument('--clips', type=int, default=2048)
     a = p.parse_args()
+    torch.backends.cudnn.allow_tf32 = False # the same arithmetic on every machine: fp32, `precision='no'`
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
     exams = functools.cache(lambda: Exam(a.clips))
     def measure(name, seed, way, folder=None):
         file = RESULTS/f'{name}-{way.calls}-{seed}.json'.replace(' ','-')
         if file.exists(): return
         if folder: way = Way(str(folder), way.steps, way.guidance, way.renoise)
         row,_ = exams().sit(way)
-        write_text(file, json.dumps(row | {'clips by':name, 'steps':way.steps, 'guidance':way.guidance, 'seed':seed}, indent=1)+'\n')
+        write_text(file, json.dumps(row | {'clips by':name, 'steps':way.steps, 'guidance':way.guidance, 'seed':seed, 'device':device}, indent=1)+'\n')
     if 'teacher' in a.only and 0 in a.seeds:
         for steps,guidance in TEACHER: measure('teacher guided' if guidance>1 else 'teacher', 0, Way(a.base, steps, guidance))
     for seed in a.seeds:
