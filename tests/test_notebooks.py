@@ -67,14 +67,20 @@ def test_notebook_is_fit_to_read(notebook):
     assert not paths
 
 
-def test_readme_is_current(copy):
-    "README.md is what docs/make_readme.py makes of nbs/index.ipynb, and the check notices when it is not"
-    check = lambda: python('docs/make_readme.py', '--check', cwd=copy, env=dict(PYTHONPATH=str(copy)))
+@pytest.mark.parametrize('script,made', [('make_readme.py','README.md'), ('make_maps.py','nbs/images/way-02.svg')])
+def test_what_scripts_made_is_current(script, made, copy):
+    "README.md is what docs/make_readme.py makes of nbs/index.ipynb, the maps are what docs/make_maps.py draws, and the checks notice when they are not"
+    check = lambda: python(f'docs/{script}', '--check', cwd=copy, env=dict(PYTHONPATH=str(copy)))
     done = check()
     assert done.returncode==0, done.stdout+done.stderr
-    readme = copy/'README.md'
-    whole = readme.read_text()
+    whole = (copy/made).read_text()
     try:
-        readme.write_text(whole+'\nsomething by hand\n')
+        (copy/made).write_text(whole+'\nsomething by hand\n')
         assert check().returncode!=0
-    finally: readme.write_text(whole)
+    finally: (copy/made).write_text(whole)
+
+
+def test_every_module_is_on_the_map(copy):
+    "Each numbered notebook has its map, and shows it"
+    for name in (o for o in NOTEBOOKS if Path(o).stem[0].isdigit()):
+        assert f"images/way-{Path(name).stem.split('_')[0]}.svg" in (ROOT/name).read_text(), name
