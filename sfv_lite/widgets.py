@@ -206,12 +206,13 @@ class Panel(VBox):
     def refresh(self)->bool: # whether the run is finished
         "Look into the folder, and draw what is new"
         rows,finished = [o for o in read_rows(self.folder/'log.csv') if None not in o.values()],(self.folder/'pipeline').exists() # a line half written has `None`s
-        if (len(rows),finished)!=self.seen:
+        now = len(rows),finished,(self.folder/'recipe.json').exists()
+        if now!=self.seen:
             self.status.value = self.said(rows, finished)
             if rows:
                 self.curves.value = _png(plot_log(rows))
                 self.show(self.curves)
-            self.seen = len(rows),finished
+            self.seen = now
         known,files = self.slider.options if self.stack.children else (),sorted((self.folder/'samples').glob('step_*.gif'))
         if len(files)>len(known): self.add(known, files[len(known):])
         return finished

@@ -67,3 +67,11 @@ def test_panel_on_a_finished_run_starts_no_thread(run):
     (run/'pipeline').mkdir()
     before = set(threading.enumerate())
     assert 'finished' in watch(run).status.value and set(threading.enumerate())<=before
+
+
+def test_panel_says_that_a_run_has_begun(tmp_path):
+    "As soon as the folder is there, long before its first line"
+    panel = watch(tmp_path/'new', every=.05)
+    save_recipe(Recipe.load('digits'), tmp_path/'new'/'recipe.json', verb='pretrain')
+    wait_for(lambda: 'pretrain, step 0 of 7000' in panel.status.value)
+    (tmp_path/'new'/'pipeline').mkdir()
