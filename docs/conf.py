@@ -1,0 +1,39 @@
+"Sphinx's settings; docs/build.py writes the pages"
+from importlib.metadata import files
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.nodes import make_refnode
+from docutils import nodes
+
+project = 'sfv_lite'
+author = copyright = 'the sfv_lite authors'
+html_title = project
+html_theme = 'furo'
+html_static_path = ['static', *(str(o.locate()) for o in files('sphinx-mathjax-offline') if o.name=='tex-svg-full.js')]
+html_css_files = ['site.css']
+html_copy_source = False
+extensions = ['myst_nb']
+exclude_patterns = ['notebooks'] # the originals, for download
+
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'attrs_block', 'html_image']
+myst_heading_anchors = 4
+nb_execution_mode = 'off'
+nb_render_markdown_format = 'myst'
+nb_ipywidgets_js = {'html-manager/embed.js': {}}
+mathjax_path = 'tex-svg-full.js'
+mathjax3_config = {'options': {'enableMenu': False}} # parts of the menu would be fetched
+maximum_signature_line_length = 100
+
+
+class LinkedNames(SphinxPostTransform):
+    "Code in prose that names something exported leads to its API entry; names that two modules share do not"
+    default_priority = 5
+    def run(self, **kwargs):
+        names = {}
+        for full,o in self.env.domains['py'].objects.items(): names.setdefault(full.split('.',2)[2], []).append(o)
+        for code in list(self.document.findall(nodes.literal)):
+            found = names.get(code.astext(), [])
+            if len(found)!=1 or isinstance(code.parent, nodes.reference|nodes.title): continue
+            code.replace_self(make_refnode(self.app.builder, self.env.docname, found[0].docname, found[0].node_id, code.deepcopy()))
+
+
+def setup(app): app.add_post_transform(LinkedNames)
