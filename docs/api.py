@@ -1,6 +1,6 @@
 "A module's API page, read from its source without importing it: signatures, docstrings, and docments (comments beside arguments) as tables"
 import ast, copy, io, re, tokenize
-from pages import ROOT, title
+from pages import ROOT, defined, title
 
 FUNCTIONS = ast.FunctionDef,ast.AsyncFunctionDef
 
@@ -35,7 +35,7 @@ def signature(f):
 def table(rows, says, returns=None):
     "Arguments as a table, what is returned as its last row"
     code = lambda o: o and f'`{ast.unparse(o)}`'
-    rows = [(f'`{name}`', code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
+    rows = [('**'+name.replace('*', r'\*')+'**', code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
     if returns: rows.append(('*returns*', code(returns), '', says.get(returns.end_lineno)))
     lines = [('name','type','default','meaning'), ('---',)*4, *rows]
     return '\n'.join('| '+' | '.join((o or '').replace('|', r'\|') for o in row)+' |' for row in lines) if rows else ''
@@ -69,18 +69,22 @@ def class_(c, says, classes, *blocks):
         *blocks, *(function(o, says, kind='method') for k,o in methods.items() if k[0]!='_'), fence='::::')
 
 
+def constant(name, o, says, *blocks):
+    "A name and its value; of several names in one line each its own"
+    target,value = o.targets[0],o.value
+    if isinstance(target,ast.Tuple): value = value.elts[[n.id for n in target.elts].index(name)]
+    return entry('data', name, f'`{ast.unparse(value)}`', says.get(o.end_lineno), *blocks)
+
+
 def module_page(module, name, nb, derived):
     "Everything that a module exports, in the order of its notebook, each with a link to the section that derives it"
     code = (ROOT/f'sfv_lite/{module}.py').read_text(encoding='utf-8')
-    tree,says = ast.parse(code),comments(code)
-    public = next(ast.literal_eval(o.value) for o in tree.body if isinstance(o,ast.Assign) and o.targets[0].id=='__all__')
-    classes = {o.name:o for o in tree.body if isinstance(o,ast.ClassDef)}
+    tree,says,found = ast.parse(code),comments(code),defined(code)
+    classes = {k:o for k,o in found.items() if isinstance(o,ast.ClassDef)}
     entries = []
-    for o in tree.body:
-        n = getattr(o, 'name', None) or (isinstance(o,ast.Assign) and getattr(o.targets[0],'id',None))
-        if n not in public: continue
-        link = f"{{.derived}}\nDerived in [](#{derived[module,n]})"
-        if isinstance(o,ast.Assign): entries.append(entry('data', n, f'`{ast.unparse(o.value)}`', says.get(o.end_lineno), link))
-        else: entries.append(class_(o, says, classes, link) if n in classes else function(o, says, link))
+    for k in sorted(ast.literal_eval(found['__all__'].value), key=lambda k: found[k].lineno):
+        o,link = found[k],f"{{.derived}}\nDerived in [](#{derived[module,k]})"
+        if k in classes: entries.append(class_(o, says, classes, link))
+        else: entries.append(function(o, says, link) if isinstance(o,FUNCTIONS) else constant(k, o, says, link))
     return '\n\n'.join([f'# sfv_lite.{module}', f'{{.lead}}\n{ast.get_docstring(tree)}', f"{{.links}}\nExported from [{title(nb)}](/{name}.ipynb)",
         f':::{{py:currentmodule}} sfv_lite.{module}\n:::', *entries])+'\n'

@@ -23,10 +23,10 @@ def title(nb): return re.match(r'# (.*)', source(nb['cells'][0]))[1]
 
 
 def directives(cell):
-    "nbdev's `#| name value` lines of a code cell as a dict, and its code without them"
+    "nbdev's `#| name value` lines of a code cell as a dict, and its code without them and without housekeeping magics"
     code = source(cell)
     found = dict(re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*?)[ \t]*$', code, re.M)) if cell['cell_type']=='code' else {}
-    return found, re.sub(r'^(#\||.*#\|\s*hide_line).*\n?', '', code, flags=re.M).strip('\n')
+    return found, re.sub(r'^(#\||.*#\|\s*hide_line|%(matplotlib|config|\w*load_ext|autoreload)\b).*\n?', '', code, flags=re.M).strip('\n')
 
 
 def module_of(nb):
@@ -35,14 +35,15 @@ def module_of(nb):
 
 
 def defined(code):
-    "The names that exported code defines"
-    return [n for o in ast.parse(code).body for n in ([o.name] if hasattr(o,'name') else [t.id for t in getattr(o,'targets',[]) if hasattr(t,'id')])]
+    "The names that exported code defines, each with the statement that does"
+    statements = [(o, getattr(o,'targets',[o])) for o in ast.parse(code).body]
+    return {getattr(n,'name',None) or n.id: o for o,targets in statements for t in targets for n in getattr(t,'elts',[t]) if hasattr(n,'name') or isinstance(n,ast.Name)}
 
 
 def code_cell(cell):
     "A code cell with MyST-NB's tags in place of directives, None if it is hidden; and the names it exports"
     d,code = directives(cell)
-    names = defined(code) if d.keys() & {'export','exports'} else []
+    names = defined(code) if d.keys() & {'export','exports'} else {}
     if d.keys() & {'hide','default_exp'} or d.get('include')=='false' or not code: return None,names
     tags = {'hide-input': d.keys() & {'export','exporti'} or d.get('code-fold')=='true', 'remove-input': d.get('echo')=='false', 'remove-output': d.get('output')=='false'}
     prompt = ': '.join(filter(None, ['Source', ', '.join(names)]))
@@ -52,8 +53,15 @@ def code_cell(cell):
 def opening(text, name, module):
     "The first cell: title, subtitle, and where its API and the notebook itself are"
     if name=='index': return re.sub(r'\A(# .*\n)\s*> ', r'\1\n{.lead}\n', text)
-    links = (f"[`sfv_lite.{module}`](/api/{module}.md) · " if module else '') + f"{{download}}`this notebook </notebooks/{name}.ipynb>`"
+    links = (f"[`sfv_lite.{module}`](/api/{module}.md) · " if module else '') + f"{{download}}`download the notebook </notebooks/{name}.ipynb>`"
     return re.sub(r'\A(# .*\n)\s*> (.*)', lambda m: f"{m[1]}\n{{.lead}}\n{m[2]}\n\n{{.links}}\n{links}", text)
+
+
+def labelled(text, label):
+    "A MyST label before the last heading of a cell: the text, and the label or None"
+    prose = re.sub(r'^```.*?^```$', lambda m: ' '*len(m[0]), text, flags=re.S|re.M)
+    at = max((o.start() for o in re.finditer(r'^#+ ', prose, re.M)), default=None)
+    return (text,None) if at is None else (f'{text[:at]}({label})=\n{text[at:]}',label)
 
 
 def slug(anchor):
@@ -110,8 +118,8 @@ class Site:
             else:
                 text = self.relinked(source(cell), here)
                 if i==0: text = opening(text, name, module)
-                if text.startswith('#'): text = f"({(label := f'{name}-{i}')})=\n{text}"
-                cell = cell | dict(source=text)
+                text,new = labelled(text, f'{name}-{i}')
+                cell,label = cell | dict(source=text),new or label
             if cell: cells.append(cell)
         if after: cells.append(dict(id='after', cell_type='markdown', metadata={}, source=after))
         self.write(f'{name}.ipynb', json.dumps(nb | dict(cells=cells)))
