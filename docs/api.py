@@ -36,7 +36,7 @@ def table(rows, says, returns=None):
     "Arguments as a table, what is returned as its last row"
     code = lambda o: o and f'`{ast.unparse(o)}`'
     rows = [('**'+name.replace('*', r'\*')+'**', code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
-    if returns: rows.append(('*returns*', code(returns), '', says.get(returns.end_lineno)))
+    if returns and ast.unparse(returns)!='None': rows.append(('*returns*', code(returns), '', says.get(returns.end_lineno)))
     lines = [('name','type','default','meaning'), ('---',)*4, *rows]
     return '\n'.join('| '+' | '.join((o or '').replace('|', r'\|') for o in row)+' |' for row in lines) if rows else ''
 

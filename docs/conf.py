@@ -20,7 +20,9 @@ exclude_patterns = ['notebooks'] # the originals, for download
 
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'attrs_block', 'html_image']
 myst_heading_anchors = 4
+myst_dmath_double_inline = True # $$ within a paragraph
 nb_execution_mode = 'off'
+nb_merge_streams = True
 nb_render_markdown_format = 'myst'
 nb_ipywidgets_js = {'html-manager/embed.js': {}}
 mathjax_path = 'tex-svg-full.js'

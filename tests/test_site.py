@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, python
 
 pytest.importorskip('myst_nb', reason="the site needs pip install -e '.[docs]'")
+CODE = 'pre','code','script','style'
 BROWSER = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome','google-chrome-stable'))), None)
 
 
@@ -36,19 +37,24 @@ def site(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    "What a page points at, what can be pointed at in it, and its text"
+    "What a page points at, what can be pointed at in it, its text, and the prose in that"
     def __init__(self, file):
         super().__init__()
-        self.ids,self.links,self.assets,self.text = set(),[],[],[]
+        self.ids,self.links,self.assets,self.text,self.prose,self.code = set(),[],[],[],[],0
         self.feed(file.read_text())
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        self.code += tag in CODE
         if attrs.get('id'): self.ids.add(attrs['id'])
         if tag=='a' and 'href' in attrs: self.links.append(attrs['href'])
         elif attrs.get('src') or (tag=='link' and attrs.get('href')): self.assets.append(attrs.get('src') or attrs['href'])
 
-    def handle_data(self, text): self.text.append(text)
+    def handle_endtag(self, tag): self.code -= tag in CODE
+
+    def handle_data(self, text):
+        self.text.append(text)
+        if not self.code: self.prose.append(text)
 
 
 @pytest.fixture(scope='module')
@@ -92,8 +98,10 @@ def test_nothing_comes_from_outside(site, pages):
 
 
 def test_directives_are_obeyed(site, pages):
-    "No directive shows, nor what it hides; pages and their pictures stay light"
+    "No directive shows, nor what it hides, nor the marks of a formula; pages and their pictures stay light"
     assert not [k.name for k,v in pages.items() if re.search(r'^#\|', ''.join(v.text), re.M) and 'files' not in k.parts]
+    raw = {k.name:o for k,v in pages.items() for o in v.prose if re.search(r'\$|^\s*:::|\]\(', o)}
+    assert not raw
     text = ''.join(pages[site/'tutorials/trial.html'].text)
     assert 'hidden = 1' not in text and 'To be moved.' in text and not re.search(r'^slider$', text, re.M)
     weights = {k.relative_to(site).as_posix(): k.stat().st_size+sum(normal(k,o)[0].stat().st_size for o in set(v.assets) if '_images' in o) for k,v in pages.items()}
