@@ -87,4 +87,4 @@ def module_page(module, name, nb, derived):
         if k in classes: entries.append(class_(o, says, classes, link))
         else: entries.append(function(o, says, link) if isinstance(o,FUNCTIONS) else constant(k, o, says, link))
     return '\n\n'.join([f'# sfv_lite.{module}', f'{{.lead}}\n{ast.get_docstring(tree)}', f"{{.links}}\nExported from [{title(nb)}](/{name}.ipynb)",
-        f':::{{py:currentmodule}} sfv_lite.{module}\n:::', *entries])+'\n'
+        f':::{{py:module}} sfv_lite.{module}\n:::', *entries])+'\n'

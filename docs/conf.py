@@ -14,6 +14,7 @@ html_theme_options = {f'{mode}_css_variables': {'color-brand-primary':c, 'color-
     for mode,c in (('light','#0f5f78'),('dark','#86cddd'))}
 pygments_dark_style = 'github-dark'
 html_favicon = 'static/icon.svg'
+html_domain_indices = False
 html_copy_source = False
 extensions = ['myst_nb']
 exclude_patterns = ['notebooks'] # the originals, for download
@@ -32,11 +33,11 @@ add_module_names = False
 
 
 class LinkedNames(SphinxPostTransform):
-    "Code in prose that names something exported leads to its API entry; names that two modules share do not"
+    "Code in prose that names a module or what it exports leads to the API; a name that two modules share does not"
     default_priority = 5
     def run(self, **kwargs):
         names = {}
-        for full,o in self.env.domains['py'].objects.items(): names.setdefault(full.split('.',2)[2], []).append(o)
+        for full,o in self.env.domains['py'].objects.items(): names.setdefault(full if o.objtype=='module' else full.split('.',2)[2], []).append(o)
         for code in list(self.document.findall(nodes.literal)):
             found = names.get(code.astext(), [])
             if len(found)!=1 or isinstance(code.parent, nodes.reference|nodes.title): continue

@@ -104,9 +104,9 @@ class Site:
         "Markdown as it is, any other file as code, a folder as all of its files"
         file = ROOT/path
         if file.suffix=='.md': return ORPHAN+self.relinked(file.read_text(encoding='utf-8'), path)
-        files = sorted(o for o in file.iterdir() if o.is_file()) if file.is_dir() else [file]
-        code = [f"**{o.name}**\n\n````{LANGUAGES.get(o.suffix,'text')}\n{o.read_text(encoding='utf-8')}\n````" for o in files]
-        return ORPHAN + '\n\n'.join([f'# {path}', *code])
+        code = lambda o: f"````{LANGUAGES.get(o.suffix,'text')}\n{o.read_text(encoding='utf-8')}\n````"
+        parts = [f'## {o.name}\n\n{code(o)}' for o in sorted(file.iterdir()) if o.is_file()] if file.is_dir() else [code(file)]
+        return ORPHAN + '\n\n'.join([f'# {path}', *parts])
 
     def notebook(self, name, nb, after=''):
         "Write a notebook's page: a label before each cell that opens a section, and more markdown at its end"

@@ -12,13 +12,13 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium','chromium-browser','go
 
 
 def trial():
-    "A notebook with a live slider, as nbconvert --execute would save it"
-    from ipywidgets import HBox, IntSlider, Label, jslink
+    "A notebook with a live slider and the buttons of a player, as nbconvert --execute would save it"
+    from ipywidgets import HBox, IntSlider, Label, Play, jslink
     from ipywidgets.embed import embed_data
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
     slider,label = IntSlider(3, max=9),Label('3')
     jslink((slider,'value'), (label,'value'))
-    data = embed_data(HBox([slider,label]))
+    data = embed_data(HBox([Play(), slider, label]))
     view = new_output('display_data', {'application/vnd.jupyter.widget-view+json':data['view_specs'][0]})
     state = {'application/vnd.jupyter.widget-state+json':data['manager_state']}
     cells = [new_markdown_cell('# A slider\n> To be moved.'), new_code_cell('#| hide\nhidden = 1'), new_code_cell('#| echo: false\nslider', outputs=[view])]
