@@ -23,6 +23,7 @@ def write_pages(folder):
         tree('The notebooks', [f'{number(name)} · {title(nb)} </{name}>' for name,nb in chapters.items()]),
         tree('Tutorials', tutorials),
         tree('API', [f'{module} </api/{module}>' for module in modules])]))
+    if site.broken: sys.exit('\n'.join(site.broken))
 
 
 def main():

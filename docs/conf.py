@@ -10,6 +10,7 @@ html_title = project
 html_theme = 'furo'
 html_static_path = ['static', *(str(o.locate()) for o in files('sphinx-mathjax-offline') if o.name=='tex-svg-full.js')]
 html_css_files = ['site.css']
+html_js_files = ['site.js']
 html_theme_options = {f'{mode}_css_variables': {'color-brand-primary':c, 'color-brand-content':c, 'color-brand-visited':c, 'color-api-name':c, 'color-api-pre-name':c}
     for mode,c in (('light','#0f5f78'),('dark','#86cddd'))}
 pygments_dark_style = 'github-dark'
@@ -27,7 +28,7 @@ nb_merge_streams = True
 nb_render_markdown_format = 'myst'
 nb_ipywidgets_js = {'html-manager/embed.js': {}}
 mathjax_path = 'tex-svg-full.js'
-mathjax3_config = {'options': {'enableMenu': False}} # parts of the menu would be fetched
+mathjax3_config = {'options': {'enableMenu': False}, 'tex': {'inlineMath': [['$','$'], [r'\(',r'\)']]}} # parts of the menu would be fetched; widgets write $
 maximum_signature_line_length = 100
 add_module_names = False
 

@@ -70,8 +70,8 @@ def slug(anchor):
 
 
 class Site:
-    "A folder of pages under way. `derived` holds for (module, name) the label of the section where it is derived"
-    def __init__(self, folder): self.folder,self.derived = Path(folder),{}
+    "A folder of pages under way. `derived` holds for (module, name) the label of the section where it is derived, `broken` what links lack"
+    def __init__(self, folder): self.folder,self.derived,self.broken = Path(folder),{},[]
 
     def write(self, path, content):
         file = self.folder/path
@@ -79,16 +79,16 @@ class Site:
         file.write_bytes(content if isinstance(content,bytes) else content.encode())
 
     def fetch(self, path, here):
-        "What a link from `here` to a file of the repository should say: notebooks and pictures lie where they lay, other files become pages"
+        "Where on the site a file of the repository is that `here` links to: pictures come along, files that are not notebooks become pages"
         name = normpath((here.parent/path).as_posix())
-        file,page = ROOT/name,f'files/{name}.md'
-        if name.startswith('..') or not file.exists(): raise SystemExit(f"{here}: its link to {path} leads nowhere")
-        if file.suffix=='.ipynb': return path
-        if file.suffix in PICTURES: self.write(file.relative_to(NBS), file.read_bytes())
+        file,page = ROOT/name,f'files/{name}'+('' if name.endswith(PICTURES) else '.md')
+        if name.startswith('..') or not file.exists(): self.broken.append(f"{here}: its link to {path} leads nowhere")
+        elif name=='README.md': page = 'index.ipynb' # which it is made of
+        elif name.endswith('.ipynb'): page = file.relative_to(NBS).as_posix()
         elif not (self.folder/page).exists():
-            self.write(page, '') # files may link to each other
-            self.write(page, self.file_page(Path(name)))
-        return path if file.suffix in PICTURES else '/'+page
+            self.write(page, file.read_bytes() if name.endswith(PICTURES) else '') # '': files may link to each other
+            if page.endswith('.md'): self.write(page, self.file_page(Path(name)))
+        return '/'+page
 
     def relinked(self, text, here):
         "Markdown of the file `here` with links that hold on the site; what stands in code fences is left alone"

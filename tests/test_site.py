@@ -12,16 +12,16 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium','chromium-browser','go
 
 
 def trial():
-    "A notebook with a live slider and the buttons of a player, as nbconvert --execute would save it"
-    from ipywidgets import HBox, IntSlider, Label, Play, jslink
+    "A notebook with a live slider, the buttons of a player and formulas, as nbconvert --execute would save it"
+    from ipywidgets import HBox, HTMLMath, IntSlider, Label, Play, jslink
     from ipywidgets.embed import embed_data
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
     slider,label = IntSlider(3, max=9),Label('3')
     jslink((slider,'value'), (label,'value'))
-    data = embed_data(HBox([Play(), slider, label]))
+    data = embed_data(HBox([Play(), slider, label, HTMLMath('$c_{in}$')]))
     view = new_output('display_data', {'application/vnd.jupyter.widget-view+json':data['view_specs'][0]})
     state = {'application/vnd.jupyter.widget-state+json':data['manager_state']}
-    cells = [new_markdown_cell('# A slider\n> To be moved.'), new_code_cell('#| hide\nhidden = 1'), new_code_cell('#| echo: false\nslider', outputs=[view])]
+    cells = [new_markdown_cell('# A slider\n> To be moved, from $x_0$ to $x_9$.'), new_code_cell('#| hide\nhidden = 1'), new_code_cell('#| echo: false\nslider', outputs=[view])]
     return new_notebook(cells=cells, metadata=dict(widgets=state, kernelspec=dict(name='python3', display_name='Python 3', language='python')))
 
 
@@ -103,7 +103,7 @@ def test_directives_are_obeyed(site, pages):
     raw = {k.name:o for k,v in pages.items() for o in v.prose if re.search(r'\$|^\s*:::|\]\(', o)}
     assert not raw
     text = ''.join(pages[site/'tutorials/trial.html'].text)
-    assert 'hidden = 1' not in text and 'To be moved.' in text and not re.search(r'^slider$', text, re.M)
+    assert 'hidden = 1' not in text and 'To be moved' in text and not re.search(r'^slider$', text, re.M)
     weights = {k.relative_to(site).as_posix(): k.stat().st_size+sum(normal(k,o)[0].stat().st_size for o in set(v.assets) if '_images' in o) for k,v in pages.items()}
     for k,n in sorted(weights.items(), key=lambda o: -o[1])[:5]: print(f'{k}  {n/1e6:.1f} MB')
     assert max(weights.values()) < 3e6, weights
@@ -181,9 +181,9 @@ def test_every_page_can_be_read(site, pages, browser):
 
 
 def test_sliders_move(site, pages, browser):
-    "By the keyboard, on every page that has one, with their readout; on the trial page also what is linked to it"
+    "By the keyboard, on every page that has one, with their readout; on the trial page also what is linked to it, and a formula in a widget"
     tab,address,complaints = browser
-    live = [o for o in pages if 'widget-view+json' in o.read_text()]
+    live = [o for o in sorted(pages, key=lambda o: o.name=='trial.html') if 'widget-view+json' in o.read_text()]
     for page in live:
         tab.goto(f'{address}/{page.relative_to(site).as_posix()}')
         readout = tab.locator('.widget-slider .widget-readout').first
@@ -191,7 +191,8 @@ def test_sliders_move(site, pages, browser):
         for key in 'ArrowRight','ArrowLeft','ArrowLeft': # whatever end it may stand at
             tab.locator('.widget-slider [role=slider]').first.press(key)
         assert readout.inner_text()!=before, page.name
-        if page.name=='trial.html': assert tab.locator('.widget-label').last.inner_text()==readout.inner_text()=='2'
+    assert tab.locator('.jupyter-widgets.widget-label').inner_text()==readout.inner_text()=='2' # the trial is the last page
+    tab.locator('.widget-htmlmath mjx-container').wait_for()
     assert live and not complaints, complaints
 
 
