@@ -1,8 +1,9 @@
 "Sphinx's settings; docs/build.py writes the pages"
+import re
 from importlib.metadata import files
+from docutils import nodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
-from docutils import nodes
 
 project = 'sfv_lite'
 author = copyright = 'the sfv_lite authors'
@@ -34,14 +35,14 @@ add_module_names = False
 
 
 class LinkedNames(SphinxPostTransform):
-    "Code in prose that names a module or what it exports leads to the API; a name that two modules share does not"
+    "Code in prose that names a module or what it exports leads to the API; a plain word or a name that two modules share does not"
     default_priority = 5
     def run(self, **kwargs):
         names = {}
         for full,o in self.env.domains['py'].objects.items(): names.setdefault(full if o.objtype=='module' else full.split('.',2)[2], []).append(o)
         for code in list(self.document.findall(nodes.literal)):
             found = names.get(code.astext(), [])
-            if len(found)!=1 or isinstance(code.parent, nodes.reference|nodes.title): continue
+            if len(found)!=1 or re.fullmatch('[a-z]+', code.astext()) or isinstance(code.parent, nodes.reference|nodes.title): continue
             code.replace_self(make_refnode(self.app.builder, self.env.docname, found[0].docname, found[0].node_id, code.deepcopy()))
 
 
