@@ -22,7 +22,7 @@ from .svd import Denoiser, condition, decode, encode, load_pipeline
 from .train import read_rows
 from .video import moving_digits, shown, tile, to_uint8
 
-# %% ../nbs/12_widgets.ipynb #1185c883
+# %% ../nbs/12_widgets.ipynb #040f94db
 PIXELS = "<style>.sfv-pixels img, img.sfv-pixels {image-rendering: pixelated} .sfv-book .widget-label {white-space: normal}</style>" # small pictures are enlarged by the browser, unsmoothed
 
 def _webp(frames:list, fps:float=7)->bytes:
@@ -37,18 +37,19 @@ def _moving(x:Tensor)->bytes:
 
 def _picture(
     data:bytes, # WebP or PNG
-    width:int   # pixels on the screen
+    width:int   # pixels on the screen, of what moves; a figure is as large as it is
 )->Image:
     "A picture of a page"
-    image = Image(value=data, format='webp' if data[:4]==b'RIFF' else 'png', layout=Layout(width=f'{width}px', max_width='100%', object_fit='contain'))
-    return image.add_class('sfv-pixels') if image.format=='webp' else image
+    moves = data[:4]==b'RIFF'
+    image = Image(value=data, format='webp' if moves else 'png', layout=Layout(width=f'{width}px' if moves else None, max_width='100%', object_fit='contain'))
+    return image.add_class('sfv-pixels') if moves else image
 
-# %% ../nbs/12_widgets.ipynb #058cc055
+# %% ../nbs/12_widgets.ipynb #9df21bef
 def flip_book(
     name:str,  # beside the slider
     pages:dict[str,dict[str,bytes]], # position of the slider → name of a line → its picture; all pages have the same lines
     start:int=0,   # page that is open at first
-    width:int=300  # of the pictures on the screen, in pixels
+    width:int=390  # of what moves, in pixels on the screen
 )->VBox:
     "A slider, and below it the pictures that belong to its position; needs no Python once it is shown"
     slider = SelectionSlider(options=list(pages), index=start, description=name, layout=Layout(width='100%', max_width='460px'), style=dict(description_width='initial'))
@@ -189,7 +190,7 @@ def plot_log(
         ax.legend(fontsize=6)
     return shown(fig)
 
-# %% ../nbs/12_widgets.ipynb #b64980ea
+# %% ../nbs/12_widgets.ipynb #b5f1c13e
 class Panel(VBox):
     "A panel on a run's folder: how far it is, its curves, and its samples under a slider"
     def __init__(self,
@@ -233,11 +234,11 @@ class Panel(VBox):
 
     def said(self, rows:list[dict], finished:bool)->str:
         "One line: the run, how far it is, how long it took"
-        if not (self.folder/'recipe.json').exists(): return f"<b>{self.folder}</b>: no run yet"
+        if not (self.folder/'recipe.json').exists(): return f"<b>{self.folder.name}</b>: no run yet"
         r = json.loads((self.folder/'recipe.json').read_text())
         total = dict(vae=r['vae_steps'], pretrain=r['teacher_steps'], distil=r['steps']+r['head_start']).get(r['verb'], r['steps'])
         at,seconds = (rows[-1]['step'],float(rows[-1]['seconds'])) if rows else (0,0.)
-        return f"<b>{self.folder}</b>: {r['verb']}, step {at} of {total}, {seconds/60:.1f} minutes{', finished' if finished else ''}"
+        return f"<b>{self.folder.name}</b>: {r['verb']}, step {at} of {total}, {seconds/60:.1f} minutes{', finished' if finished else ''}"
 
     def follow(self):
         "Go on looking until the run is finished"
