@@ -438,7 +438,16 @@ def shard_batches(
     return batches
 
 # %% ../nbs/06_data.ipynb #0fb2ff35
-def open_shards(folder, manifest:dict, rank:int, world:int, seed:int, buffer:int, batch:int, workers:int):
+def open_shards(
+    folder,       # of shards
+    manifest:dict,# theirs
+    rank:int,     # this process
+    world:int,    # how many there are
+    seed:int,     # of the order
+    buffer:int,   # rows among which is shuffled
+    batch:int,    # rows a list
+    workers:int   # processes that read
+):
     "A loader of lists of rows: this process's share, shuffled"
     from datasets import config, load_dataset
     from datasets.distributed import split_dataset_by_node
@@ -472,7 +481,7 @@ def check_shards(folder, manifest:dict, pipe, recipe)->None:
 def contact(
     folder:str|Path,
     base:str|Path, # the pipeline whose VAE decodes
-    clips:int=6
+    clips:int=6    # how many are shown
 )->Path:           # the picture, `sheet.png` in the folder
     "A contact sheet of clips from finished shards, evenly spread"
     import pyarrow.parquet as pq

@@ -199,8 +199,8 @@ def excess(
     made:Tensor,  # `(n d)`, features of made clips
     twin:Tensor,  # `(n d)`, features of the real clips whose first frames they were given
     real:Tensor,  # `(m d)`, features of other real clips
-    draws:int=200,
-    seed:int=0
+    draws:int=200, # of the bootstrap
+    seed:int=0     # of the bootstrap
 )->dict:          # distance, floor, excess, and the half width of a 95 % interval of the excess
     "Fréchet distance of made from real, and what of it is more than real against real"
     g = torch.Generator().manual_seed(seed)

@@ -101,8 +101,8 @@ def _coefficients(sigma:float)->bytes:
 def explore_noise(
     model:str='digits-teacher', # a pipeline folder or shipped weights
     levels:int=11, # positions of the slider, even in ln σ from .01 to 700
-    clips:int=3,
-    seed:int=0
+    clips:int=3, # held-out digits
+    seed:int=0   # of digits and noise
 )->VBox:
     "A slider over σ: the noisy clip as the network is given it, its guess of the clean one, and the coefficients of eq. (3)"
     pipe = load_pipeline(model)
@@ -121,8 +121,8 @@ def explore_steps(
     teacher:str='digits-teacher', # a pipeline folder or shipped weights
     student:str='digits',         # alike
     steps:tuple[int,...]=(25,16,8,4,2,1), # positions of the slider
-    clips:int=3,
-    seed:int=0
+    clips:int=3, # held-out digits
+    seed:int=0   # of digits and noise
 )->VBox:
     "A slider over the number of Euler steps: what teacher and student make of the same picture and noise"
     pipes = dict(teacher=load_pipeline(teacher), student=load_pipeline(student))
@@ -137,7 +137,7 @@ def explore_steps(
 SETTINGS = (-2.,1.),(-1.,1.),(0.,1.),(1.,1.) # (P_mean, P_std) of Table 3
 
 def quantile(
-    law:DiscreteLogNormal,
+    law:DiscreteLogNormal, # or any other with levels and probabilities
     q:float # 0…1
 )->Tensor:  # a scalar
     "The level that a share `q` of all draws does not exceed"
@@ -159,7 +159,7 @@ def _laws(chosen:int)->bytes:
 @torch.no_grad()
 def explore_levels(
     model:str='digits-teacher', # whose VAE encodes: a pipeline folder or shipped weights
-    seed:int=0
+    seed:int=0 # of digit and noise
 )->VBox:
     "A slider over the paper's four laws of σ': the law, and a real clip as the judges are given it at low, middle and high levels"
     pipe,pages = load_pipeline(model),{}
