@@ -377,6 +377,7 @@ def fingerprint(way:Way, n:int, seed:int)->str:
     for file in sorted(o for o in pipeline_folder(way.model).rglob('*') if o.suffix in ('.safetensors','.json'))+[JUDGE]: h.update(file.read_bytes())
     return h.hexdigest()[:12]
 
+# %% ../nbs/09_evaluate.ipynb #55d0d41e
 def evaluate(
     ways:list[Way],
     out:str|Path, # a folder for `table.md`, `.csv`, `.json`, `excess.png`, `clips.gif`; rows that are there are not made again
@@ -402,6 +403,7 @@ def evaluate(
     save_clip(labelled({'real':moving_digits(n, 2*seed+10_001, 'test')[0][:8]} | walls, scale=2), out/'clips.gif')
     return rows
 
+# %% ../nbs/09_evaluate.ipynb #48648897
 def plot_excess(
     rows:list[dict] # of `evaluate`
 ):                  # a matplotlib Figure

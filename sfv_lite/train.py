@@ -561,6 +561,7 @@ def one_step(
     s.step += acc.sync_gradients
     return log
 
+# %% ../nbs/08_train.ipynb #f4be009d
 def distil_step(
     state:State, # read and written
     batch:Batch  # one micro-batch, on the accelerator's device
@@ -582,6 +583,7 @@ def count_flops(f)->int:
     with sdpa_kernel(SDPBackend.MATH), counter: f()
     return counter.get_total_flops()
 
+# %% ../nbs/08_train.ipynb #54bd00bf
 def step_parts(
     state:State, # a fresh one: its weights are not kept from harm
     batch:Batch

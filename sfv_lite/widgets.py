@@ -190,6 +190,19 @@ def plot_log(
         ax.legend(fontsize=6)
     return shown(fig)
 
+# %% ../nbs/12_widgets.ipynb #e570ea5b
+def _said(
+    folder:Path,
+    rows:list[dict], # of its log
+    finished:bool
+)->str:
+    "One line: the run, how far it is, how long it took"
+    if not (folder/'recipe.json').exists(): return f"<b>{folder.name}</b>: no run yet"
+    r = json.loads((folder/'recipe.json').read_text())
+    total = dict(vae=r['vae_steps'], pretrain=r['teacher_steps'], distil=r['steps']+r['head_start']).get(r['verb'], r['steps'])
+    at,seconds = (rows[-1]['step'],float(rows[-1]['seconds'])) if rows else (0,0.)
+    return f"<b>{folder.name}</b>: {r['verb']}, step {at} of {total}, {seconds/60:.1f} minutes{', finished' if finished else ''}"
+
 # %% ../nbs/12_widgets.ipynb #b5f1c13e
 class Panel(VBox):
     "A panel on a run's folder: how far it is, its curves, and its samples under a slider"
@@ -209,7 +222,7 @@ class Panel(VBox):
         rows,finished = [o for o in read_rows(self.folder/'log.csv') if None not in o.values()],(self.folder/'pipeline').exists() # a line half written has `None`s
         now = len(rows),finished,(self.folder/'recipe.json').exists()
         if now!=self.seen:
-            self.status.value = self.said(rows, finished)
+            self.status.value = _said(self.folder, rows, finished)
             if rows:
                 self.curves.value = _png(plot_log(rows))
                 self.show(self.curves)
@@ -232,18 +245,11 @@ class Panel(VBox):
         "Put them below what is shown, unless they are there"
         self.children += tuple(o for o in widgets if o not in self.children)
 
-    def said(self, rows:list[dict], finished:bool)->str:
-        "One line: the run, how far it is, how long it took"
-        if not (self.folder/'recipe.json').exists(): return f"<b>{self.folder.name}</b>: no run yet"
-        r = json.loads((self.folder/'recipe.json').read_text())
-        total = dict(vae=r['vae_steps'], pretrain=r['teacher_steps'], distil=r['steps']+r['head_start']).get(r['verb'], r['steps'])
-        at,seconds = (rows[-1]['step'],float(rows[-1]['seconds'])) if rows else (0,0.)
-        return f"<b>{self.folder.name}</b>: {r['verb']}, step {at} of {total}, {seconds/60:.1f} minutes{', finished' if finished else ''}"
-
     def follow(self):
         "Go on looking until the run is finished"
         while not self.refresh(): time.sleep(self.every)
 
+# %% ../nbs/12_widgets.ipynb #a6e0eabe
 def watch(
     run:str|Path,  # a run's folder; need not exist yet
     every:float=3. # seconds from one look to the next
