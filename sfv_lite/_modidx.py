@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sfv_lite.data._Decoder._receive': ('data.html#_decoder._receive', 'sfv_lite/data.py'),
                                'sfv_lite.data._Decoder.close': ('data.html#_decoder.close', 'sfv_lite/data.py'),
                                'sfv_lite.data._agree': ('data.html#_agree', 'sfv_lite/data.py'),
+                               'sfv_lite.data._asked': ('data.html#_asked', 'sfv_lite/data.py'),
                                'sfv_lite.data._drain': ('data.html#_drain', 'sfv_lite/data.py'),
                                'sfv_lite.data._fill': ('data.html#_fill', 'sfv_lite/data.py'),
                                'sfv_lite.data._graph': ('data.html#_graph', 'sfv_lite/data.py'),

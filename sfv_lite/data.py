@@ -293,6 +293,14 @@ def _write_shard(out:Path, name:str, rows:list[dict], note:dict)->None:
         with _whole(out/f'{name}.parquet') as part: Dataset.from_list(rows).to_parquet(str(part))
     _write_json(out/f'{name}.json', note)
 
+# %% ../nbs/06_data.ipynb #3a2a83ca
+def _asked(pipe, base, source, files:list[Path], spec:Cutting, levels:LogNormal, **rest)->dict:
+    "What a folder of shards was asked, for its `manifest.json`"
+    factor,c = pipe.vae_scale_factor,pipe.unet.config
+    if spec.height%factor or spec.width%factor: raise ValueError(f"height = {spec.height}, width = {spec.width}: must be multiples of {factor}, by which the VAE of {base} shrinks")
+    return dict(base=fingerprint(pipe), source=str(Path(source).resolve()), files=len(files), **dataclasses.asdict(spec), levels=[levels.p_mean, levels.p_std],
+        latents=[spec.frames, c.out_channels, spec.height//factor, spec.width//factor], embeds=pipe.image_encoder.config.projection_dim, **rest)
+
 # %% ../nbs/06_data.ipynb #28d78f64
 def prepare(
     source:str|Path,   # as for `find_videos`
@@ -312,10 +320,7 @@ def prepare(
     if dry_run: return _report([_fill(iter(decoded(files, spec, workers)), files, math.inf, lambda x,n: [{} for _ in x], batch, spec.fps, 0)[1]], len(files))
     pipe = load_pipeline(base)
     if torch.cuda.is_available(): pipe.to('cuda')
-    factor,c = pipe.vae_scale_factor,pipe.unet.config
-    if spec.height%factor or spec.width%factor: raise ValueError(f"height = {spec.height}, width = {spec.width}: must be multiples of {factor}, by which the VAE of {base} shrinks")
-    manifest = dict(base=fingerprint(pipe), source=str(Path(source).resolve()), files=len(files), **dataclasses.asdict(spec), seed=seed, levels=[levels.p_mean, levels.p_std],
-        shard=shard, noisy=noisy, latents=[spec.frames, c.out_channels, spec.height//factor, spec.width//factor], embeds=pipe.image_encoder.config.projection_dim)
+    manifest = _asked(pipe, base, source, files, spec, levels, seed=seed, shard=shard, noisy=noisy)
     def encode_rows(x, n):
         g = torch.Generator().manual_seed(seed + 1_000_003*n)
         arrays = encode_clips(pipe, x, levels, g, noisy)
