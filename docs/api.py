@@ -32,13 +32,46 @@ def signature(f):
     return f"({re.sub(r'^(self|cls)(, )?', '', ast.unparse(args))})"
 
 
+def returned(f, says):
+    "Annotation and comment of what is returned: beside the annotation, or beside the bracket that ends a signature of several lines"
+    if f.returns: return None if ast.unparse(f.returns)=='None' else (f.returns, says.get(f.returns.end_lineno))
+    last,closed = max([f.lineno]+[o[3] for o in arguments(f)]),f.body[0].lineno-1
+    return (None,says[closed]) if closed>last and closed in says else None
+
+
 def table(rows, says, returns=None):
-    "Arguments as a table, what is returned as its last row"
+    "Arguments as a table, what is returned as its last row; without the columns in which nothing stands"
     code = lambda o: o and f'`{ast.unparse(o)}`'
-    rows = [('**'+name.replace('*', r'\*')+'**', code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
-    if returns and ast.unparse(returns)!='None': rows.append(('*returns*', code(returns), '', says.get(returns.end_lineno)))
-    lines = [('name','type','default','meaning'), ('---',)*4, *rows]
-    return '\n'.join('| '+' | '.join((o or '').replace('|', r'\|') for o in row)+' |' for row in lines) if rows else ''
+    rows = [(f"**{name.replace('*', chr(92)+'*')}**", code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
+    if returns: rows.append(('*returns*', code(returns[0]), '', returns[1]))
+    columns = [o for o in zip(('name','type','default','meaning'), *rows) if any(o[1:])]
+    if len(columns)<2: return ''
+    head,*rows = zip(*columns)
+    return '\n'.join('| '+' | '.join((o or '').replace('|', r'\|') for o in row)+' |' for row in (head, ['---']*len(head), *rows))
+
+
+def settings():
+    "Key → its value and the comment above it in settings.ini, where it stands first"
+    found,comment = {},''
+    for line in (ROOT/'settings.ini').read_text(encoding='utf-8').splitlines():
+        if line[:1]=='#': comment = line.lstrip('# ')
+        elif '=' in line:
+            key,value = re.split(r'\s*=\s*', line, maxsplit=1)
+            found.setdefault(key, (value, comment))
+        else: comment = ''
+    return found
+
+
+def recipe_table(rows):
+    "The fields of a recipe: value and comment of settings.ini, and what each may be; keys that share a comment stand together"
+    known,lines,above = settings(),[],None
+    for name,kind,limits,_ in rows:
+        if name not in known: continue
+        value,comment = known[name]
+        may_be = [f'`{ast.unparse(o)}`' for o in (kind,limits) if o and ast.unparse(o)!='field()']
+        lines.append((f'**{name}**', f'`{value}`', ' '.join(may_be), '″' if comment==above else comment))
+        above = comment
+    return '\n'.join('| '+' | '.join(row)+' |' for row in [('key','in settings.ini','may be','meaning'), ('---',)*4, *lines])
 
 
 def entry(kind, head, *blocks, option='', fence=':::'):
@@ -50,7 +83,7 @@ def function(f, says, *blocks, kind='function'):
     marks = {getattr(o,'id','') for o in f.decorator_list}
     option = next((o for o in ('classmethod','staticmethod') if o in marks), '')
     kind,head = ('property',f.name) if 'property' in marks else (kind,f.name+signature(f))
-    return entry(kind, head, ast.get_docstring(f), table(arguments(f), says, f.returns), *blocks, option=option)
+    return entry(kind, head, ast.get_docstring(f), table(arguments(f), says, returned(f, says)), *blocks, option=option)
 
 
 def members(c, classes):
@@ -65,7 +98,8 @@ def class_(c, says, classes, *blocks):
     methods = {o.name:o for o in body if isinstance(o,FUNCTIONS)}
     init,rows = methods.get('__init__'),fields(body)
     bases = ', '.join(f'`{ast.unparse(o)}`' for o in c.bases if ast.unparse(o)[0]!='_')
-    return entry('class', c.name+(signature(init) if init else ''), ast.get_docstring(c), bases and f'A {bases}.', table(rows or (init and arguments(init)) or [], says),
+    listed = recipe_table(rows) if c.name=='Recipe' else table(rows or (init and arguments(init)) or [], says)
+    return entry('class', c.name+(signature(init) if init else ''), ast.get_docstring(c), bases and f'A {bases}.', listed,
         *blocks, *(function(o, says, kind='method') for k,o in methods.items() if k[0]!='_'), fence='::::')
 
 
