@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from sfv_lite.baselines import LADD, consistency, teachers_clips
-from sfv_lite.evaluate import Exam, Way
+from sfv_lite.evaluate import Exam, Way, make_clips
 from sfv_lite.recipe import Recipe, write_text
 from sfv_lite.svd import Batch, Condition
 from sfv_lite.train import digit_batches, digit_clips, distil
+from sfv_lite.video import labelled, moving_digits, save_clip
 
 RESULTS = Path(__file__).parent/'results'
 ROWS = { # name → what it changes in [digits], and how often its student is asked
@@ -46,6 +47,13 @@ def train(name:str, seed:int, folder:Path, base:str)->Path:
     return run(recipe, out, base, data=functools.partial(digit_batches, clips=clips), resume=out.exists())
 
 
+def wall(folder:Path, base:str)->Path:
+    "The same eight first frames as every model makes them move"
+    real,_ = moving_digits(8, 10_001, 'test')
+    ways = {'teacher, 25':Way(base,25)} | {f'{o}, 1':Way(str(folder/f'{o}-0'/'pipeline')) for o in ('sf-v','ladd','consistency')}
+    return save_clip(labelled({'real':real} | {k:make_clips(way, real[:,0])[0] for k,way in ways.items()}, scale=2), RESULTS/'wall.gif')
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', type=Path)
@@ -69,6 +77,7 @@ def main():
         for name in (o for o in ROWS if o in a.only):
             folder = train(name, seed, a.folder, a.base)
             for steps in ROWS[name][1]: measure(name, seed, Way(name, steps, renoise=steps>1), folder)
+    if set(a.only)>=set(ROWS) and 0 in a.seeds: wall(a.folder, a.base)
 
 
 if __name__=='__main__': main()
