@@ -44,7 +44,7 @@ def teacher_step(
     x:Tensor,     # `(b t c h w)`, noisy latents
     sigma:Tensor, # `(b,)`, their levels
     below:Tensor, # `(b,)`, the levels to go to
-    cond:Condition,
+    cond:Condition, # of `b` clips
     guidance:float=1. # of the last frame, rising from 1
 )->Tensor:        # `(b t c h w)`, at `below`
     "One Euler step along the teacher's ODE, eq. (4), each clip from its own level"

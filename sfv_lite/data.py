@@ -345,12 +345,13 @@ def prepare(
 def _fill(stream, files, shard, encode_rows, batch:int, fps:float, total:int, here=dict(file=0, clip=0))->tuple[list,dict]:
     "One shard's rows, and the note that says where the next one begins"
     rows,waiting,refused,buckets,seconds = [],[],[],[0]*8,0.
+    root = os.path.commonpath([o.absolute().parent for o in files])
     file,clip,done = here['file'],here['clip'],True
     def flush():
         x = torch.from_numpy(np.stack([o for _,_,o in waiting])).permute(0,1,4,2,3)/127.5-1
         bucket = motion_bucket(motion_score(x), x.shape[-1]).int().tolist()
         for (i,start,_),row,b in zip(waiting, encode_rows(x, total+len(rows)), bucket):
-            rows.append(row | dict(file=files[i].name, start=start, fps=float(fps), motion_bucket=b))
+            rows.append(row | dict(file=files[i].absolute().relative_to(root).as_posix(), start=start, fps=float(fps), motion_bucket=b))
             buckets[b//32] += 1
         waiting.clear()
     for i,(start,item) in stream:

@@ -117,7 +117,7 @@ def averaged(
 
 # %% ../nbs/08_train.ipynb #305bfeba
 def drop_condition(
-    cond:Condition,
+    cond:Condition, # of `b` clips
     p:float, # 0…1
     generator:torch.Generator # on the CPU
 )->Condition:
@@ -497,7 +497,7 @@ def loss_of_d(
     real:list[Tensor], # features of real clips, without a graph
     fake:list[Tensor], # features of generated clips; their graph is not entered
     sigma:Tensor,      # `(b,)`, σ'
-    cond:Condition
+    cond:Condition # of `b` clips
 )->tuple[Tensor,dict]: # scalar to descend, figures for the log
     "Eq. (11): hinge on real and fake, and R1 when it is due; the heads see both halves in one pass"
     r = s.recipe
@@ -517,7 +517,7 @@ def loss_of_g(
     x0:Tensor,         # `(b t c h w)`
     fake:list[Tensor], # features of the leaf, with their graph
     sigma:Tensor,      # `(b,)`, σ'
-    cond:Condition
+    cond:Condition # of `b` clips
 )->tuple[Tensor,dict]: # scalar to descend, figures for the log
     "Eq. (10): be called real by the heads as they are, and stay near the clip"
     with s.accelerator.autocast(): adv = hinge_g(s.D.heads(fake, sigma, cond))
