@@ -17,7 +17,7 @@ from .evaluate import Way
 from .objective import pseudo_huber
 from .recipe import Recipe
 from .sampling import sample_consistency, sample_euler
-from .svd import Batch, Condition, Denoiser, decode, load_pipeline
+from .svd import Batch, Condition, Denoiser, load_pipeline
 from .train import Run, averaged, beside, digit_batches, digit_clips, fixed_noise, make_accelerator, make_optimizer, micro_batch, one_network, random_state, shown_clips
 
 # %% ../nbs/10_baselines.ipynb #fedeeec5
@@ -92,9 +92,10 @@ def consistency(
     def target(*args):
         with averaged(ema, D): return D(*args)
     step,micro = run.load(ema)
-    batches = (data or digit_batches)(pipe, r, micro_batch(r, r.batch, acc), acc, micro)
+    n = micro_batch(r, acc)
+    batches = (data or digit_batches)(pipe, r, n, acc, micro)
     run.begin(step)
-    held = shown_clips(pipe, r, acc, data)
+    held = shown_clips(pipe, r, acc, data, n)
     def show():
         with averaged(ema, D): made = sample_consistency(D, held.cond, fixed_noise(held), karras_sigmas(4).flip(0), random_state(r.seed,0))
         return beside(pipe, held, made)

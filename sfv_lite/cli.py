@@ -34,9 +34,9 @@ def _verb(verbs, name:str, run, help:str, out:str)->_Parser:
     p.set_defaults(run=run, verb=name)
     return p
 
-def _recipe_options(p:_Parser)->None:
+def _recipe_options(p:_Parser, recipe:str='digits')->None:
     "What verbs with a recipe share"
-    p.add_argument('--recipe', default='digits', help="section of settings.ini (default: digits)")
+    p.add_argument('--recipe', default=recipe, help=f"section of settings.ini (default: {recipe})")
     p.add_argument('--settings', type=Path, metavar='FILE', help="an ini file in place of the package's settings.ini")
     p.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help="change one key of the recipe; may be given again")
 
@@ -57,7 +57,7 @@ def _prepare(args):
     from sfv_lite.data import Cutting, contact, prepare
     from sfv_lite.edm import LogNormal
     report = prepare(args.source, args.out, args.base, Cutting(r.frames, r.fps, r.height, r.width, args.shot), LogNormal(r.aug_mean,r.aug_std), r.seed, args.workers, args.shard, args.noisy, dry_run=args.dry_run)
-    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {r.frames} frames" + ('' if args.dry_run else f" in {report['shards']} shards"))
+    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {r.frames} frames" + ('' if args.dry_run else f" in {report['shards']} shard(s)"))
     print('motion bucket  ' + '  '.join(f'{32*i}+: {n}' for i,n in enumerate(report['motion'])))
     for o in report['refused']: print(f"  not used: {o['file']}: {o['reason']}")
     if not args.dry_run:
@@ -94,8 +94,7 @@ def _demo(args):
     import torch
     from tqdm import tqdm
     from sfv_lite.edm import karras_sigmas
-    from sfv_lite.evaluate import table
-    from sfv_lite.recipe import write_text
+    from sfv_lite.recipe import table, write_text
     from sfv_lite.sampling import sample_euler, sample_once
     from sfv_lite.svd import Denoiser, condition, decode, load_pipeline
     from sfv_lite.video import contact_sheet, labelled, motion_speed, moving_digits, save_clip
@@ -127,12 +126,14 @@ def pictures(
     seed:int=0         # where a digit stands
 )->dict:               # name → `(3 h w)` in [-1, 1]
     "The pictures a user names"
+    from torch.nn.functional import interpolate
     from sfv_lite.video import load_image, moving_digits
     if source.startswith('digit:'):
         n = source.removeprefix('digit:')
         if not n.isdecimal() or int(n)>1796: raise ValueError(f"{source}: must be digit:N with N from 0 to 1796")
         split,first = ('train',0) if int(n)<1500 else ('test',1500)
-        return {source.replace(':','-'): moving_digits(1, seed, split, which=[int(n)-first])[0][0,0]}
+        digit = moving_digits(1, seed, split, which=[int(n)-first])[0][0,:1]
+        return {source.replace(':','-'): digit[0] if digit.shape[-2:]==size else interpolate(digit, size, mode='bilinear')[0]}
     path = Path(source)
     if not path.is_dir(): return {path.stem: load_image(path, size)}
     files = sorted(o for o in path.iterdir() if o.suffix.lower() in ('.png','.jpg','.jpeg','.webp','.bmp','.gif','.tif','.tiff'))
@@ -147,20 +148,23 @@ def _device(name:str|None):
     if name is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: device = torch.device(name)
     except RuntimeError: raise ValueError(f"--device {name}: no such kind of device; say cpu, cuda or cuda:1") from None
-    if device.type=='cuda' and (device.index or 0)>=torch.cuda.device_count(): raise ValueError(f"--device {name}: this machine offers PyTorch {torch.cuda.device_count()} GPUs; say --device cpu, or install a PyTorch with CUDA")
+    if device.type=='cuda' and (device.index or 0)>=torch.cuda.device_count(): raise ValueError(f"--device {name}: this machine offers PyTorch {torch.cuda.device_count()} GPU(s); say --device cpu, or install a PyTorch with CUDA")
     return device
 
 def _target(args, clips:int)->tuple[Path,str|None]:
     "Folder and kind of file for several clips, or the one file and None"
     kinds = '.gif','.mp4','.webm'
-    if args.out.suffix:
-        if clips>1 or Path(args.image).is_dir(): raise ValueError(f"{args.out}: there may be several clips, so -o must name a folder")
-        if args.out.suffix.lower() not in kinds: raise ValueError(f"{args.out}: must end in .gif, .mp4 or .webm, or be a folder")
-        return args.out,None
-    return args.out,args.kind
+    out = args.out or Path('clip' if args.kind=='frames' else f"clip.{args.kind or 'gif'}")
+    if out.suffix and not out.is_dir():
+        if args.kind and out.suffix.lower()!=f'.{args.kind}': raise ValueError(f"{out}: --as {args.kind} is another kind of file; name a folder, or a file of that kind")
+        if clips>1 or Path(args.image).is_dir(): raise ValueError(f"{out}: there may be several clips, so -o must name a folder")
+        if out.suffix.lower() not in kinds: raise ValueError(f"{out}: must end in .gif, .mp4 or .webm, or be a folder")
+        return out,None
+    return out,args.kind or 'gif'
 
 def _sample(args):
     "Clips of pictures, each picture encoded once"
+    if args.steps==1 and args.guidance!=1: raise ValueError(f"--guidance {args.guidance:g}: one step is made without guidance; ask for more with --steps")
     out,kind = _target(args, args.clips)
     import torch
     from sfv_lite.sampling import clips_of, default_size
@@ -216,7 +220,7 @@ def _evaluate(args):
         print(f"FVD {found['fvd']:.2f}: {found['real']} real and {found['made']} made videos, {args.frames} frames each, resized to {args.width}×{args.height}\n\n{args.out/'fvd.json'}")
     else:
         evaluate([Way.parse(o) for o in args.ways], args.out, args.clips, args.seed or 0)
-        print(f"{(args.out/'table.md').read_text()}\n{args.out/'table.md'}  {args.out/'table.csv'}  {args.out/'table.json'}  {args.out/'excess.png'}  {args.out/'clips.gif'}")
+        print(f"{(args.out/'table.md').read_text(encoding='utf-8')}\n{args.out/'table.md'}  {args.out/'table.csv'}  {args.out/'table.json'}  {args.out/'excess.png'}  {args.out/'clips.gif'}")
 
 # %% ../nbs/11_cli.ipynb #f0b9ec17
 def _start_up()->list[dict]:
@@ -245,15 +249,14 @@ def ratios(
 def _bench(args):
     "What a step and a clip cost"
     import resource
-    from sfv_lite.evaluate import table
-    from sfv_lite.recipe import write_text
+    from sfv_lite.recipe import table, write_text
     from sfv_lite.sampling import latency
     from sfv_lite.svd import load_pipeline
     from sfv_lite.train import step_cost
     from sfv_lite.video import moving_digits
     result = {'a training step':step_cost(load_recipe(args), args.base)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1 if sys.platform=='darwin' else 1/1024)
-    result |= {'memory':[{'peak resident GB after these steps':peak/2**30}], 'one clip':latency(load_pipeline(args.base), moving_digits(1)[0][:,0]), 'start-up':_start_up()}
+    result |= {'memory':[{'peak resident GB after these steps':peak/2**30}], 'one clip':latency(load_pipeline(args.base).to(_device(None)), moving_digits(1)[0][:,0].to(_device(None))), 'start-up':_start_up()}
     result['ratios'] = ratios(result)
     write_text(args.out, json.dumps(result, indent=1)+'\n')
     for name,rows in result.items(): print(f'\n{name}\n\n{table(rows)}')
@@ -287,11 +290,12 @@ def _using(verbs)->None:
     demo = _verb(verbs, 'demo', _demo, "held-out digits through teacher (25 steps, 1 step) and student (1 step)", 'demo')
     demo.add_argument('--clips', type=within(int,1,297), default=8, help="how many, at most 297 (default: 8)")
     sam = _verb(verbs, 'sample', _sample, "pictures to clips", 'clip.gif')
+    sam.set_defaults(out=None)
     sam.add_argument('image', metavar='IMAGE', help="a picture, a folder of pictures (then OUT is a folder), or digit:N with N from 0 to 1796")
     sam.add_argument('--model', default='digits', help="pipeline folder, run folder, or shipped weights (default: digits, the one-step student)")
     sam.add_argument('--clips', type=within(int,1), default=1, help="how many of each picture, with seeds from --seed on (default: 1)")
     sam.add_argument('--batch', type=within(int,1), default=1, help="clips a forward pass (default: 1)")
-    sam.add_argument('--as', dest='kind', choices=('gif','mp4','webm','frames'), default='gif', help="what goes into OUT where it is a folder (default: gif)")
+    sam.add_argument('--as', dest='kind', choices=('gif','mp4','webm','frames'), help="kind of file, or a folder of PNG files (default: what OUT ends in, gif in a folder)")
     sam.add_argument('--height', type=within(int,1), help="pixels (default: the model's own, 576 for SVD)")
     sam.add_argument('--width', type=within(int,1), help="pixels (default: the model's own, 1024 for SVD)")
     sam.add_argument('--length', type=within(int,1), help="frames (default: as many as the model was made for)")
@@ -305,7 +309,7 @@ def _using(verbs)->None:
     sam.add_argument('--decoder', metavar='FOLDER', help="a diffusers AutoencoderTiny to decode with, or hub:owner/name")
     sam.add_argument('--chunk', type=within(int,1), help="frames decoded at a time, to save memory (default: whole clips)")
     exp = _verb(verbs, 'export', _export, "a run, finished or stopped, to a folder for stock diffusers, with a model card", 'student')
-    exp.add_argument('run_folder', metavar='RUN', help="folder of a distil run, or any pipeline")
+    exp.add_argument('run_folder', metavar='RUN', help="folder of a finished run or a stopped distil, or any pipeline")
     exp.add_argument('--dtype', choices=('fp32','fp16','bf16'), default='fp16', help="of UNet and VAE in the files (default: fp16)")
     exp.add_argument('--variant', help="a word in the files' names, such as the public checkpoint's fp16")
 
@@ -313,7 +317,7 @@ def _using(verbs)->None:
 def _measuring(verbs)->None:
     "Verbs that say what a run will take, and what it was worth"
     pla = _verb(verbs, 'plan', _plan, "memory, FLOPs and days of a distil run, counted without a GPU", 'plan.json')
-    _recipe_options(pla)
+    _recipe_options(pla, 'svd')
     pla.add_argument('--base', help="pipeline whose sizes are meant (default: Stable Video Diffusion as published)")
     pla.add_argument('--gpu', default='a100-80', help="rtx-4090, a100-40, rtx-a6000, l40s, a100-80, h100-80 or h200 (default: a100-80)")
     pla.add_argument('--gpus', type=within(int,1), default=8, help="how many (default: 8)")
@@ -327,7 +331,7 @@ def _measuring(verbs)->None:
     eva.add_argument('--frames', type=within(int,9), default=14, help="for --fvd: frames a clip, at least 9, which is I3D's least (default: 14)")
     eva.add_argument('--height', type=within(int,1), default=240, help="for --fvd: pixels to which frames are resized (default: 240)")
     eva.add_argument('--width', type=within(int,1), default=320, help="for --fvd: pixels to which frames are resized (default: 320)")
-    jud = _verb(verbs, 'judge', _judge, "train the judge that evaluate looks through", 'judge.safetensors')
+    jud = _verb(verbs, 'judge', _judge, "train anew the judge that evaluate looks through; it uses the shipped one", 'judge.safetensors')
     jud.add_argument('--steps', type=within(int,1), default=1500, help="of its optimiser (default: 1500)")
     ben = _verb(verbs, 'bench', _bench, "FLOPs and seconds of a training step and of sampling", 'bench.json')
     _recipe_options(ben)
@@ -346,19 +350,21 @@ def parser()->argparse.ArgumentParser:
 def main(argv:list[str]|None=None)->int:
     "Run a verb; 0 only on success, one line on stderr otherwise"
     args = parser().parse_args(argv)
-    asks_hub = any(str(o).startswith('hub:') for o in vars(args).values())
+    asks_hub = any(str(o).startswith('hub:') for v in vars(args).values() for o in (v if isinstance(v,list) else [v]))
     for k,v in dict(HF_HUB_OFFLINE='0' if asks_hub else '1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error').items(): os.environ.setdefault(k, v)
     try: return args.run(args) or 0
     except (Exception,KeyboardInterrupt) as e:
         if args.debug: raise
         return _complain(args, e, 130 if isinstance(e,KeyboardInterrupt) else 1)
 
+_CURES = dict(sample='lower it by --dtype fp16, --chunk 1, --batch 1, a smaller --height and --width', prepare='lower it by --workers 1, and by --set with fewer or smaller frames') \
+    | dict.fromkeys(('pretrain','distil','bench'), 'lower it by --set checkpointing=true, a larger accumulation, fewer or smaller frames, or --recipe svd-lora; sfv-lite plan tells what fits')
+
 def _complain(args, e, code:int)->int:
     "An error as one line"
     named = isinstance(e,OSError) and e.strerror and e.filename
-    if type(e).__name__=='OutOfMemoryError' or isinstance(e,MemoryError):
-        cure = 'sample: --dtype fp16, --chunk 1, --batch 1, a smaller --height and --width' if args.verb=='sample' else '--set checkpointing=true, a larger accumulation, fewer or smaller frames, or --recipe svd-lora; sfv-lite plan tells what fits'
-        e = f"out of memory; lower it by {cure}"
+    if type(e).__name__=='OutOfMemoryError' or isinstance(e,MemoryError) or "can't allocate memory" in str(e):
+        e = f"out of memory; {_CURES.get(args.verb, 'use a machine with more of it, or a smaller model')}"
     text = f"{e.filename}: {e.strerror}" if named else str(e) or ('interrupted' if code==130 else type(e).__name__)
     print(f"sfv-lite {args.verb}: error: {' '.join(text.split())}", file=sys.stderr)
     return code

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Cutting', 'read_frames', 'read_clips', 'whole_clips', 'find_videos', 'clips_of', 'motion_score',
-           'motion_bucket', 'encode_clips', 'row_bytes', 'deaf_to_ctrl_c', 'decoded', 'fingerprint', 'prepare',
-           'locked', 'load_manifest', 'from_rows', 'shard_batches', 'open_shards', 'whole_shards', 'check_shards',
-           'contact']
+           'motion_bucket', 'encode_clips', 'deaf_to_ctrl_c', 'decoded', 'fingerprint', 'prepare', 'locked',
+           'load_manifest', 'from_rows', 'shard_batches', 'open_shards', 'whole_shards', 'check_shards', 'contact']
 
 # %% ../nbs/06_data.ipynb #95db7a9b
 import contextlib, dataclasses, hashlib, itertools, json, math, multiprocessing, os, queue, signal, threading
@@ -18,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm.auto import tqdm
 from .edm import LogNormal, add_noise
-from .svd import Batch, Condition, decode, image_embeds, load_pipeline
+from .svd import Batch, Condition, check_size, decode, image_embeds, load_pipeline
 from .video import contact_sheet
 
 # %% ../nbs/06_data.ipynb #42571c94
@@ -103,11 +102,13 @@ def whole_clips(
 
 # %% ../nbs/06_data.ipynb #7bdc26b0
 def find_videos(
-    source:str|Path # a folder, a text file with one path a line (relative to it), or one video
-)->list[Path]:      # sorted; a list's own order
+    source:str|Path, # a folder, a text file with one path a line (relative to it), or one video
+    out:Path|None=None # a folder in there that is not meant: the shards' own
+)->list[Path]:       # sorted; a list's own order
     "The files that a user means"
     source = Path(source)
-    if source.is_dir(): files = sorted(o for o in source.rglob('*') if o.is_file() and not any(p.startswith('.') for p in o.relative_to(source).parts) and o.stem!='metadata')
+    meant = lambda o: o.is_file() and not any(p.startswith('.') for p in o.relative_to(source).parts) and o.stem!='metadata' and not (out and o.absolute().is_relative_to(out.absolute()))
+    if source.is_dir(): files = sorted(filter(meant, source.rglob('*')))
     elif source.suffix in ('.txt','.lst'): files = [source.parent/o.strip() for o in source.read_text(encoding='utf-8').splitlines() if o.strip()]
     elif source.exists(): files = [source]
     else: raise FileNotFoundError(f"{source}: no such file or folder")
@@ -184,18 +185,6 @@ def encode_clips(
     arrays = (latents, by_clip(look(first)), image_embeds(pipe, x[:,0].to(device))[:,0].float().cpu(), by_clip(sigma))
     return {k: v.half().numpy() if k!='noise_aug' else v.numpy() for k,v in zip(COLUMNS, arrays)}
 
-# %% ../nbs/06_data.ipynb #b5acbbe5
-def row_bytes(
-    frames:int,
-    height:int,     # pixels
-    width:int,
-    factor:int=8,   # pixels a latent on a side: SVD's VAE
-    embeds:int=1024,# of the image tower: SVD's
-    noisy:int=4     # encodings of the first frame
-)->int:
-    "What a clip takes on disk, in half precision"
-    return 2*(4*(height//factor)*(width//factor)*(frames+noisy) + embeds) + 4*noisy
-
 # %% ../nbs/06_data.ipynb #a767fd33
 _DIED = "its decoder died, of too little memory perhaps"
 
@@ -268,9 +257,23 @@ def fingerprint(
         for k,v in part.state_dict().items(): h.update(k.encode() + v.float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
+def _read_json(file:Path):
+    try: return json.loads(file.read_text())
+    except ValueError as e: raise ValueError(f"{file}: cannot be read ({e}); restore it, or prepare into another folder") from e
+
 def _progress(out:Path)->list[dict]:
     "What the finished shards say, in order"
-    return [json.loads(o.read_text()) for o in sorted(out.glob('shard-*.json'))]
+    return [_read_json(o) for o in sorted(out.glob('shard-*.json'))]
+
+def _below(files:list[Path])->list[str]:
+    "Paths from the folder that holds them all"
+    root = os.path.commonpath([o.absolute().parent for o in files])
+    return [o.absolute().relative_to(root).as_posix() for o in files]
+
+def _listing(files:list[Path])->str:
+    "How many files, and twelve digits that change with their names and sizes"
+    sizes = [o.stat().st_size if o.is_file() else -1 for o in files]
+    return f"{len(files)} ({hashlib.sha256(repr(list(zip(_below(files),sizes))).encode()).hexdigest()[:12]})"
 
 @contextlib.contextmanager
 def _whole(path:Path):
@@ -297,8 +300,8 @@ def _write_shard(out:Path, name:str, rows:list[dict], note:dict)->None:
 def _asked(pipe, base, source, files:list[Path], spec:Cutting, levels:LogNormal, **rest)->dict:
     "What a folder of shards was asked, for its `manifest.json`"
     factor,c = pipe.vae_scale_factor,pipe.unet.config
-    if spec.height%factor or spec.width%factor: raise ValueError(f"height = {spec.height}, width = {spec.width}: must be multiples of {factor}, by which the VAE of {base} shrinks")
-    return dict(base=fingerprint(pipe), source=str(Path(source).resolve()), files=len(files), **dataclasses.asdict(spec), levels=[levels.p_mean, levels.p_std],
+    check_size(pipe, spec.height, spec.width, spec.frames, f'base {base}: ')
+    return dict(base=fingerprint(pipe), source=str(Path(source).resolve()), files=_listing(files), **dataclasses.asdict(spec), levels=[levels.p_mean, levels.p_std],
         latents=[spec.frames, c.out_channels, spec.height//factor, spec.width//factor], embeds=pipe.image_encoder.config.projection_dim, **rest)
 
 # %% ../nbs/06_data.ipynb #28d78f64
@@ -316,11 +319,14 @@ def prepare(
     dry_run:bool=False # decode, count, write nothing
 )->dict:               # the report: counts, refused files with reasons, clips by motion bucket
     "Videos to shards of latents. The same call goes on where an earlier one was killed"
-    out,files = Path(out),find_videos(source)
+    out = Path(out)
+    if out.absolute()==Path(source).absolute(): raise ValueError(f"{out}: shards need a folder of their own, not that of the videos")
+    files = find_videos(source, out)
     if dry_run: return _report([_fill(iter(decoded(files, spec, workers)), files, math.inf, lambda x,n: [{} for _ in x], batch, spec.fps, 0)[1]], len(files))
     pipe = load_pipeline(base)
-    if torch.cuda.is_available(): pipe.to('cuda')
-    manifest = _asked(pipe, base, source, files, spec, levels, seed=seed, shard=shard, noisy=noisy)
+    if torch.cuda.is_available():
+        for o in (pipe.vae,pipe.image_encoder): o.to('cuda')
+    manifest = _asked(pipe, base, source, files, spec, levels, seed=seed, shard=shard, noisy=noisy, batch=batch)
     def encode_rows(x, n):
         g = torch.Generator().manual_seed(seed + 1_000_003*n)
         arrays = encode_clips(pipe, x, levels, g, noisy)
@@ -345,13 +351,13 @@ def prepare(
 def _fill(stream, files, shard, encode_rows, batch:int, fps:float, total:int, here=dict(file=0, clip=0))->tuple[list,dict]:
     "One shard's rows, and the note that says where the next one begins"
     rows,waiting,refused,buckets,seconds = [],[],[],[0]*8,0.
-    root = os.path.commonpath([o.absolute().parent for o in files])
+    names = _below(files)
     file,clip,done = here['file'],here['clip'],True
     def flush():
         x = torch.from_numpy(np.stack([o for _,_,o in waiting])).permute(0,1,4,2,3)/127.5-1
         bucket = motion_bucket(motion_score(x), x.shape[-1]).int().tolist()
         for (i,start,_),row,b in zip(waiting, encode_rows(x, total+len(rows)), bucket):
-            rows.append(row | dict(file=files[i].absolute().relative_to(root).as_posix(), start=start, fps=float(fps), motion_bucket=b))
+            rows.append(row | dict(file=names[i], start=start, fps=float(fps), motion_bucket=b))
             buckets[b//32] += 1
         waiting.clear()
     for i,(start,item) in stream:
@@ -386,7 +392,7 @@ def locked(out:Path):
 def _agree(file:Path, manifest:dict)->None:
     "Go on only with what was begun"
     if not file.exists(): return _write_json(file, manifest)
-    before = json.loads(file.read_text())
+    before = _read_json(file)
     for k,v in manifest.items():
         if before.get(k)!=v: raise ValueError(f"{file}: was begun with {k} = {before.get(k)}, not {v}; give the same command again, or choose another folder")
 
@@ -396,9 +402,8 @@ def load_manifest(
 )->dict: # raises where the folder holds no finished shards
     "What a folder of shards says of itself"
     file = Path(folder)/'manifest.json'
-    try: manifest = json.loads(file.read_text())
-    except FileNotFoundError: raise FileNotFoundError(f"{folder}: holds no shards (no manifest.json); sfv-lite prepare makes them") from None
-    except ValueError as e: raise ValueError(f"{file}: cannot be read ({e}); prepare the folder anew") from e
+    if not file.is_file(): raise FileNotFoundError(f"{folder}: holds no shards (no manifest.json); sfv-lite prepare makes them")
+    manifest = _read_json(file)
     notes = _progress(Path(folder))
     if not notes or not notes[-1]['done']: raise ValueError(f"{folder}: prepare has not finished; give its command again, it goes on")
     if not notes[-1]['total']: raise ValueError(f"{folder}: holds no clips; its report.json says why")
@@ -494,6 +499,8 @@ def contact(
     manifest,pipe = load_manifest(folder),load_pipeline(base)
     where = [(name,i) for name,n in manifest['shards'].items() for i in range(n)]
     some = [pq.read_table(Path(folder)/name).slice(i,1).to_pylist()[0] for name,i in where[::max(1,len(where)//clips)][:clips]]
-    x = decode(pipe.vae, from_rows(some, manifest, [0]*len(some)).latents)
-    contact_sheet({'':x}).savefig(Path(folder)/'sheet.png', dpi=110, bbox_inches='tight')
+    vae = pipe.vae.to('cuda' if torch.cuda.is_available() else 'cpu')
+    z = from_rows(some, manifest, [0]*len(some)).latents
+    chunk = 2 if z[0,0,0].numel()>64**2 else None # frames; whole clips of this size do not fit into memory
+    contact_sheet({'':torch.cat([decode(vae, o, chunk) for o in z.split(1)])}).savefig(Path(folder)/'sheet.png', dpi=110, bbox_inches='tight')
     return Path(folder)/'sheet.png'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'JUDGE', 'moments', 'frechet', 'spoil', 'blur', 'spoilt_digits', 'different', 'Where', 'Judge', 'judge_loss',
            'train_judge', 'load_judge', 'features', 'excess', 'motion', 'cut_out', 'read_digits', 'sharpness',
-           'diversity', 'real_ends', 'Way', 'make_clips', 'Exam', 'table', 'brief', 'fingerprint', 'evaluate',
-           'plot_excess', 'video_files', 'read_videos', 'fvd']
+           'diversity', 'real_ends', 'Way', 'make_clips', 'Exam', 'brief', 'fingerprint', 'evaluate', 'plot_excess',
+           'video_files', 'read_videos', 'fvd']
 
 # %% ../nbs/09_evaluate.ipynb #5c6d8796
 import functools, hashlib, json, os, re, time
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .edm import karras_sigmas
-from .recipe import write_text
+from .recipe import table, write_text
 from .sampling import sample_consistency, sample_euler, sample_once
 from .svd import WEIGHTS, Denoiser, condition, decode, load_pipeline, pipeline_folder
 from .train import write_rows
@@ -352,15 +352,6 @@ class Exam:
         return {'clips by':str(way), 'evaluations':way.calls, 'seconds':seconds, **self.mark(x, ends)}, x[:8]
 
 # %% ../nbs/09_evaluate.ipynb #2bb1cc33
-def table(
-    rows:list[dict] # one dict a line, all with the same keys
-)->str:
-    "Rows as a markdown table; floats in three figures"
-    cells = [list(rows[0])] + [[f'{v:.3g}' if isinstance(v,float) else str(v) for v in o.values()] for o in rows]
-    widths = [max(map(len,column)) for column in zip(*cells)]
-    lines = ['| '+' | '.join(c.ljust(w) for c,w in zip(row,widths))+' |' for row in cells]
-    return '\n'.join([lines[0], '|'+'|'.join('-'*(w+2) for w in widths)+'|', *lines[1:]])
-
 def brief(
     row:dict # of `Exam.sit`
 )->dict:
@@ -387,6 +378,9 @@ def evaluate(
     "Let every way make clips of the same held-out first frames, and mark them"
     out = Path(out)
     known = {w:out/'rows'/f'{fingerprint(w, n, seed)}.json' for w in ways} # a misspelt run is reported before any work
+    for w in ways:
+        frames = json.loads((pipeline_folder(w.model)/'unet'/'config.json').read_text())['num_frames']
+        if frames!=N_FRAMES: raise ValueError(f"{w.model}: makes clips of {frames} frames; the exam is about digits, {N_FRAMES} frames of {CANVAS}×{CANVAS}. For others there is --fvd")
     (out/'rows').mkdir(parents=True, exist_ok=True)
     exam = Exam(n, seed) if any(not o.exists() for o in known.values()) else None
     for way,file in _bar(known.items(), 'evaluate'):
@@ -422,8 +416,8 @@ def plot_excess(
 def video_files(
     folder:str|Path
 )->list[Path]: # sorted
-    "The videos in a folder"
-    found = sorted(o for o in Path(folder).glob('*') if o.suffix.lower() in ('.mp4','.webm','.gif','.avi','.mov','.mkv'))
+    "The videos in a folder, at any depth"
+    found = sorted(o for o in Path(folder).rglob('*') if o.suffix.lower() in ('.mp4','.webm','.gif','.avi','.mov','.mkv'))
     if not found: raise FileNotFoundError(f"{folder}: no videos here (.mp4, .webm, .gif, .avi, .mov, .mkv)")
     return found
 

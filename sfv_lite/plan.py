@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from accelerate.state import AcceleratorState, PartialState
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, table
 from .svd import Batch, Condition, networks, pipeline_folder, svd_sizes
 from .train import State, count_flops, learning, make_accelerator, micro_batch, one_step
 
@@ -105,7 +105,7 @@ def memory_of(
     short = dataclasses.replace(r, accumulation=min(2, r.accumulation), batch=r.batch//r.accumulation*min(2, r.accumulation)) # more micro-batches repeat the second
     with pretending(gpu) as memory:
         s = State.create(SimpleNamespace(unet=networks(**sizes)['unet']), short, make_accelerator(short))
-        batch = random_batch(sizes, recipe, micro_batch(r, r.batch, s.accelerator))
+        batch = random_batch(sizes, recipe, micro_batch(r, s.accelerator))
         for _ in range(short.accumulation): one_step(s, batch)
         worst = Counter()
         for _ in range(short.accumulation):
@@ -181,7 +181,6 @@ def verdict(
     p:dict # of `plan`
 )->str:
     "A plan in words and one table"
-    from sfv_lite.evaluate import table
     names = list(p['memory']['blocks kept'])
     rows = [{'GB on one card':k, **{way:parts[k]/2**30 for way,parts in p['memory'].items()}} for k in names]
     rest = f"with the VAE's {p['vae']/2**30:.1f} GB and {CONTEXT/2**30:.1f} GB for CUDA itself: {p['need']/2**30:.1f} of {p['card']/2**30:.0f} GB"

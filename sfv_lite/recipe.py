@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RecipeError', 'settings_path', 'read_ini', 'number', 'choice', 'allowed', 'checked', 'Recipe', 'write_text',
-           'save_recipe']
+           'save_recipe', 'table']
 
 # %% ../nbs/07_recipe.ipynb #0b07ff81
 import configparser, dataclasses, difflib, json, math, os
@@ -203,3 +203,13 @@ def save_recipe(
 )->None:
     "Write what a run was asked to do"
     write_text(path, json.dumps(more | dataclasses.asdict(recipe), indent=1)+'\n')
+
+# %% ../nbs/07_recipe.ipynb #ed7a7d99
+def table(
+    rows:list[dict] # one dict a line, all with the same keys
+)->str:
+    "Rows as a markdown table; floats in three figures"
+    cells = [list(rows[0])] + [[f'{v:.3g}' if isinstance(v,float) else str(v) for v in o.values()] for o in rows]
+    widths = [max(map(len,column)) for column in zip(*cells)]
+    lines = ['| '+' | '.join(c.ljust(w) for c,w in zip(row,widths))+' |' for row in cells]
+    return '\n'.join([lines[0], '|'+'|'.join('-'*(w+2) for w in widths)+'|', *lines[1:]])

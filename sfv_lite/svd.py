@@ -348,7 +348,7 @@ def save_pipeline(
     for file in part.rglob('*.json'): # where it was loaded from is nobody's business
         kept = {k:v for k,v in json.loads(file.read_text()).items() if k!='_name_or_path'}
         file.write_text(json.dumps(kept, indent=2)+'\n')
-    if card: (part/'README.md').write_text(card)
+    if card: (part/'README.md').write_text(card, encoding='utf-8')
     replace_folder(part, folder)
     return folder
 

@@ -12,13 +12,12 @@ from io import BytesIO
 from pathlib import Path
 import torch
 from einops import rearrange
-from einops import rearrange
-from ipywidgets import HTML, GridBox, HBox, Image, Label, Layout, SelectionSlider, Stack, VBox, jslink
+from ipywidgets import HTML, GridBox, Image, Label, Layout, SelectionSlider, Stack, VBox, jslink
 from PIL import Image as Picture, ImageSequence
 from torch import Tensor
 from .edm import DiscreteLogNormal, add_noise, karras_sigmas, scalings
 from .sampling import sample_euler, sample_once
-from .svd import Denoiser, condition, decode, encode, load_pipeline
+from .svd import Denoiser, decode, encode, load_pipeline
 from .train import read_rows
 from .video import moving_digits, shown, tile, to_uint8
 

@@ -111,6 +111,9 @@ def test_sample_a_digit(base, tmp_path, monkeypatch, capsys):
     assert run(['sample', 'digit:1503', '--model', base])==0
     assert list(files(tmp_path))==['clip.gif'] and capsys.readouterr().out.strip()=='clip.gif'
     assert run(['sample', 'digit:1503', '--model', base, '-o', 'clip.mp4'])==0 and len(load_clip('clip.mp4'))==8
+    assert run(['sample', 'digit:1503', '--model', base, '--as', 'webm', '--height', 64, '--width', 64])==0 and load_clip('clip.webm').shape==(8,3,64,64)
+    Path('clips.v2').mkdir()
+    assert run(['sample', 'digit:1503', '--model', base, '-o', 'clips.v2'])==0 and list(files(tmp_path/'clips.v2'))==['digit-1503.gif']
 
 
 def test_three_runs_and_a_clip(tmp_path):
@@ -186,6 +189,11 @@ BAD = {
     'digit out of range': (['sample', 'digit:9999'], 'digit:9999', '1796'),
     'digit no number': (['sample', 'digit:seven'], 'digit:seven'),
     'unknown file type': (['sample', 'good.png', '-o', 'clip.txt'], 'clip.txt', '.gif'),
+    'kind and file at odds': (['sample', 'good.png', '-o', 'clip.gif', '--as', 'mp4'], 'clip.gif', '--as mp4'),
+    'guidance of one step': (['sample', 'good.png', '--guidance', 3], '--guidance 3', '--steps'),
+    'a VAE of a recipe without one': (['vae', '--recipe', 'svd', '-o', 'run'], '[svd]', 'vae_steps'),
+    'a large recipe on a small base': (['prepare', 'album', '--recipe', 'svd', '-o', 'shards'], 'frames = 14', 'at most 8'),
+    'shards among the videos': (['prepare', 'album', '-o', 'album'], 'album', 'folder of their own'),
     'steps 0': (['sample', 'good.png', '--steps', 0], '--steps', "'0'"),
     'steps -1': (['sample', 'good.png', '--steps', '-1'], '--steps', "'-1'"),
     'steps in words': (['sample', 'good.png', '--steps', 'ten'], '--steps', "'ten'"),
@@ -205,8 +213,8 @@ BAD = {
     'negative': (['distil', '--set', 'steps=-1', '-o', 'run'], 'steps = -1', 'at least 1'),
     'not a choice': (['distil', '--set', 'optimizer=adam', '-o', 'run'], 'optimizer = adam', 'sm3 or adamw'),
     'no value': (['distil', '--set', 'steps', '-o', 'run'], 'steps', 'KEY=VALUE'),
-    'fewer clips than micro-batches': (['distil', '--base', 'BASE', '-o', 'run', *QUICK, *sets(batch=2, accumulation=4)], 'batch of 2', 'accumulation'),
-    'micro-batches of unequal size': (['distil', '--base', 'BASE', '-o', 'run', *QUICK, *sets(batch=4, accumulation=3)], 'batch of 4', 'accumulation'),
+    'fewer clips than micro-batches': (['distil', '--base', 'BASE', '-o', 'run', *QUICK, *sets(batch=2, accumulation=4)], 'batch = 2', 'accumulation'),
+    'micro-batches of unequal size': (['distil', '--base', 'BASE', '-o', 'run', *QUICK, *sets(batch=4, accumulation=3)], 'batch = 4', 'accumulation'),
     'no settings': (['distil', '--settings', 'nowhere.ini', '-o', 'run'], 'nowhere.ini'),
     'settings out of order': (['distil', '--settings', 'odd.ini', '-o', 'run'], 'odd.ini'),
     'no base': (['distil', '--base', 'nowhere', '-o', 'run', *QUICK], 'nowhere', 'digits-teacher'),

@@ -121,6 +121,20 @@ def test_lists_and_single_files(good, tmp_path):
         with pytest.raises(FileNotFoundError, match=str(wrong)): find_videos(wrong)
 
 
+def test_prepare_where_the_videos_are(good, base, tmp_path, monkeypatch, capsys):
+    """In the folder of videos, shards go to ./shards; the same command goes on, and does not take them for videos. Other files of the same
+    number under the same folder are noticed, and so is a manifest that somebody broke"""
+    monkeypatch.chdir(shutil.copytree(good, tmp_path/'videos'))
+    command = ['prepare', '.', '--base', str(base), '--workers', '0', '--set', 'fps=7']
+    assert main(command)==0 and '6 files' in capsys.readouterr().out
+    before = files(Path('shards'))
+    assert main(command)==0 and '6 files' in capsys.readouterr().out and files(Path('shards'))==before
+    Path('a b.mp4').rename('c.mp4')
+    assert main(command)==1 and 'files = 6 (' in capsys.readouterr().err and files(Path('shards'))==before
+    Path('shards/manifest.json').write_text('{')
+    assert main(command)==1 and 'manifest.json: cannot be read' in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(mixed, tmp_path, capsys):
     "It counts clips and names wrong files like the real run"
     assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--dry-run'])==3

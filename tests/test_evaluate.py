@@ -1,7 +1,7 @@
 "The ruler: whole evaluations, faults, the rivals' runs"
 import csv, importlib.util, json, math
 import pytest, torch
-from conftest import TINY, files, recipe, sets
+from conftest import files, recipe
 from sfv_lite import baselines, evaluate as ev
 from sfv_lite.cli import main
 from sfv_lite.svd import load_pipeline

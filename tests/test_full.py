@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_said_in_a_line(desk, tmp_path, capsys, monkeypatch
         (['sample','picture.png','--model','base','--device','cuda:99'], '--device cuda:99'), (['sample','picture.png','--model','base','--decoder','nowhere'], 'nowhere'),
         (['sample','picture.png','--model','base','--clips','2','-o','a.gif'], 'a.gif'), (['export','nowhere','-o','x'], 'nowhere'), (['export','base','-o','videos'], 'videos: exists'),
         (['distil','--recipe','svd','--base','digits-teacher','-o','x'], 'frames = 14'), (['distil','--recipe','svd','--base','base','-o','x',*sets(height=60)], 'height = 60'),
-        (['sample','picture.png','--model','hub:no/such'], 'hub:no/such')]
+        (['sample','picture.png','--model','hub:no/such'], 'hub:no/such'), (['evaluate','base','-o',tmp_path/'marks'], 'clips of 14 frames')]
     before = files(desk)
     for argv,word in cases:
         assert main([str(o) for o in argv])!=0, argv

@@ -1,5 +1,5 @@
 "The notebooks are the source: they run, what was made from them is current, and what a reader sees in them is whole. All on a copy"
-import fnmatch, json, os, shutil, sys, tomllib
+import fnmatch, json, os, re, shutil, sys, tomllib
 from pathlib import Path
 import pytest
 from conftest import ROOT, files, python
@@ -84,3 +84,13 @@ def test_every_module_is_on_the_map(copy):
     "Each numbered notebook has its map, and shows it"
     for name in (o for o in NOTEBOOKS if Path(o).stem[0].isdigit()):
         assert f"images/way-{Path(name).stem.split('_')[0]}.svg" in (ROOT/name).read_text(), name
+
+
+def test_no_import_goes_up():
+    "A module imports only from modules whose notebooks come before its own: README, The house"
+    house = [nb['cells'] for _,nb in sorted((o.name, json.loads(o.read_text(encoding='utf-8'))) for o in (ROOT/'nbs').glob('[0-9]*.ipynb'))]
+    order = [re.search(r'#\| default_exp (\w+)', ''.join(''.join(c['source'])+'\n' for c in cells))[1] for cells in house]
+    for i,module in enumerate(order):
+        text = (ROOT/f'sfv_lite/{module}.py').read_text(encoding='utf-8')
+        found = set(re.findall(r'^\s*from (?:\.|sfv_lite\.)(\w+) import', text, re.M))
+        assert found <= set(order[:i]), f"{module} imports {sorted(found-set(order[:i]))}"

@@ -259,3 +259,25 @@ def test_two_processes_share_a_run(base, tmp_path):
     assert [o['step'] for o in log(out)]==list('1234') and json.loads((out/'state/progress.json').read_text())['step']==4
     assert sorted(o.name for o in out.iterdir())==['log.csv','pipeline','recipe.json','samples','state']
     load_pipeline(out)
+
+
+def test_one_of_two_processes_is_interrupted(base, tmp_path):
+    """SIGTERM, as schedulers send it, to one process of two and in the middle of a step: both end the same step, and the state is whole.
+    (Did each decide for itself, the other would wait in the next step for ever.)"""
+    script = """if 1:
+        import os, signal, sys
+        from sfv_lite import train
+        from sfv_lite.recipe import Recipe
+        def data(*args):
+            for k,batch in enumerate(train.digit_batches(*args)):
+                if k==3 and args[3].process_index==1: os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+        try: train.distil(Recipe.load('digits', **eval(sys.argv[3])), sys.argv[2], sys.argv[1], data)
+        except KeyboardInterrupt as e: print(e)
+        else: raise SystemExit('was not stopped')"""
+    out,overrides = tmp_path/'run',{**TINY, **dict(steps=12, head_start=0, batch=4)}
+    (tmp_path/'two.py').write_text(script)
+    done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, tmp_path/'two.py', base, out, repr(overrides), timeout=200)
+    assert done.returncode==0, done.stderr[-3000:]
+    assert done.stdout.count('stopped after step 4 of 12')==2, done.stdout
+    assert json.loads((out/'state/progress.json').read_text())['step']==4 and not (out/'pipeline').exists()

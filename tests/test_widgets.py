@@ -1,7 +1,7 @@
 "Widgets without a browser: what they hold, and the panel on runs that grow, end or break off in the middle of a line"
 import shutil, threading, time
 from io import BytesIO
-import pytest, torch
+import pytest
 from PIL import Image
 from sfv_lite.recipe import Recipe, save_recipe
 from sfv_lite.train import append_row

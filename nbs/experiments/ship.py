@@ -3,7 +3,7 @@
     python nbs/experiments/ship.py weights RUNS   # RUNS holds vae/, teacher/, student/: → sfv_lite/weights, experiments/logs
     sfv-lite evaluate … -o nbs/experiments/shipped # the command stands in notebook 09
     python nbs/experiments/ship.py cards          # → a README.md beside each pipeline"""
-import csv, json, shutil, sys
+import csv, json, sys
 from pathlib import Path
 import torch
 from sfv_lite.evaluate import brief, table
@@ -56,7 +56,7 @@ def cards():
     last = {o: list(csv.DictReader((HERE/'logs'/f'{o}.csv').open(newline='')))[-1] for o in ('vae','teacher','student')}
     told = lambda o,what: f"{what}: {last[o]['step']} steps, {float(last[o]['seconds'])/60:.1f} minutes (one slow AMD EPYC with two cores and no AVX-512, fp32, November 2026; other work beside it)."
     rows = lambda *names: table([brief(o) for o in shipped['rows'] if o['clips by'].split('@')[0] in names])
-    write = lambda name,**kw: (WEIGHTS/name/'README.md').write_text(CARD.format(name=name, clips=shipped['clips'], **kw))
+    write = lambda name,**kw: (WEIGHTS/name/'README.md').write_text(CARD.format(name=name, clips=shipped['clips'], **kw), encoding='utf-8')
     write('digits-teacher', what="The teacher: Stable Video Diffusion with small numbers, trained from nothing by the EDM loss.",
         command='sfv-lite vae      -o runs/vae\nsfv-lite pretrain -o runs/teacher --base runs/vae', seconds=told('vae','VAE')+'\n'+told('teacher','UNet')+'\n'+TWICE, table=rows('digits-teacher'),
         limits="- One step of it is a blur: that is what the student is for.")
