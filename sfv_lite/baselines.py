@@ -97,7 +97,7 @@ def consistency(
     run.begin(step)
     held = shown_clips(pipe, r, acc, data, n)
     def show():
-        with averaged(ema, D): made = sample_consistency(D, held.cond, fixed_noise(held), karras_sigmas(4).flip(0), random_state(r.seed,0))
+        with averaged(ema, D): made = sample_consistency(D, held.cond, fixed_noise(held), karras_sigmas(5).flip(0)[:-1], random_state(r.seed,0))
         return beside(pipe, held, made)
     loss = lambda micro: consistency_loss(D, target, teacher, next(batches), ladder, guidance, random_state(r.seed, micro, acc.process_index))
     return one_network(run, pipe, D, opt, ema, loss, (step,micro), r.steps, r.lr_g, r.warmup, show)

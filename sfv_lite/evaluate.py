@@ -314,10 +314,9 @@ def make_clips(
         g = torch.Generator().manual_seed(seed*1_000_003+i)
         cond = condition(pipe, image.to(pipe.device), generator=g)
         noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g).to(pipe.device)
-        sigmas = karras_sigmas(way.steps).flip(0) if way.steps>1 else None
         if way.steps==1: z = sample_once(D, cond, noise)
-        elif way.renoise: z = sample_consistency(D, cond, noise, sigmas, g)
-        else: z = sample_euler(D, cond, noise, sigmas, 1. if way.guidance==1 else torch.linspace(1, way.guidance, c.num_frames))
+        elif way.renoise: z = sample_consistency(D, cond, noise, karras_sigmas(way.steps+1).flip(0)[:-1], g) # the lowest level would be a call for nothing
+        else: z = sample_euler(D, cond, noise, karras_sigmas(way.steps).flip(0), 1. if way.guidance==1 else torch.linspace(1, way.guidance, c.num_frames))
         out += [decode(pipe.vae, o).cpu() for o in z.split(16)] # by 64 a CPU takes half again as long
     return torch.cat(out), (time.perf_counter()-start)/len(first)
 

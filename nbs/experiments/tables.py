@@ -4,7 +4,7 @@
 
 Runs and encoded clips lie in FOLDER (a few GB); figures in nbs/experiments/results, one small file a measurement. Two processes, each with
 its own seeds, may share FOLDER: `OMP_NUM_THREADS=1 taskset -c 0 python … --seeds 0` beside `… -c 1 … --seeds 1 2`."""
-import argparse, functools, json, os
+import argparse, functools, json, os, statistics
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +12,7 @@ from sfv_lite.baselines import LADD, consistency, teachers_clips
 from sfv_lite.evaluate import Exam, Way, make_clips
 from sfv_lite.recipe import Recipe, write_text
 from sfv_lite.svd import Batch, Condition
-from sfv_lite.train import digit_batches, digit_clips, distil
+from sfv_lite.train import digit_batches, digit_clips, distil, read_rows
 from sfv_lite.video import labelled, moving_digits, save_clip
 
 RESULTS = Path(__file__).parent/'results'
@@ -47,6 +47,12 @@ def train(name:str, seed:int, folder:Path, base:str)->Path:
     return run(recipe, out, base, data=functools.partial(digit_batches, clips=clips), resume=out.exists())
 
 
+def hinge(run:Path)->dict:
+    "What D's hinge, real and fake together, came to at the end of a run with judges: 2 means that they guess"
+    last = [o for o in read_rows(run/'log.csv')[-10:] if o.get('d_real')]
+    return {'hinge':statistics.fmean(float(o['d_real'])+float(o['d_fake']) for o in last)} if last else {}
+
+
 def wall(folder:Path, base:str)->Path:
     "The same eight first frames as every model makes them move"
     real,_ = moving_digits(8, 10_001, 'test')
@@ -70,6 +76,7 @@ def main():
         if file.exists(): return
         if folder: way = Way(str(folder), way.steps, way.guidance, way.renoise)
         row,_ = exams().sit(way)
+        if folder: row |= hinge(folder.parent)
         write_text(file, json.dumps(row | {'clips by':name, 'steps':way.steps, 'guidance':way.guidance, 'seed':seed, 'device':device}, indent=1)+'\n')
     if 'teacher' in a.only and 0 in a.seeds:
         for steps,guidance in TEACHER: measure('teacher guided' if guidance>1 else 'teacher', 0, Way(a.base, steps, guidance))
