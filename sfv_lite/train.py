@@ -34,7 +34,7 @@ from .heads import Discriminator, Logits
 from .objective import hinge_d, hinge_g, pseudo_huber, r1
 from .recipe import Recipe, RecipeError, save_recipe, write_text
 from .sampling import default_size, fastest, sample_euler, sample_once
-from .svd import Batch, Condition, Denoiser, add_lora, check_size, checkpoint_blocks, decode, digits_pipeline, encode, load_pipeline, merge_lora, replace_folder, save_pipeline, without_lora
+from .svd import Batch, Condition, Denoiser, add_lora, check_size, checkpoint_blocks, decode, digits_pipeline, encode, load_pipeline, merge_lora, pipeline_folder, replace_folder, save_pipeline, without_lora
 from .video import CANVAS, N_FRAMES, moving_digits, save_clip, tile
 
 # %% ../nbs/08_train.ipynb #0b07ff81
@@ -765,5 +765,7 @@ def export(
     asked,(height,width) = asked_of(run),default_size(pipe)
     size = dict(height=height, width=width, frames=pipe.unet.config.num_frames, fps=7) | {k:asked[k] for k in ('height','width','frames','fps') if k in asked}
     what,steps,guidance = (ONE_STEP,1,1) if asked.get('verb')=='distil' else ('An image-to-video diffusion model.',25,3)
-    save_pipeline(pipe, out, dtype, variant, CARD.format(name=out.name, version=sfv_lite.__version__, what=what, steps=steps, guidance=guidance, made=how_made(run, asked), **size))
+    card = CARD.format(name=out.name, version=sfv_lite.__version__, what=what, steps=steps, guidance=guidance, made=how_made(run, asked), **size)
+    old = pipeline_folder(run)/'README.md' if not asked else None # whoever made it knows it better
+    save_pipeline(pipe, out, dtype, variant, old.read_text(encoding='utf-8') if old and old.is_file() else card)
     return out
