@@ -299,6 +299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sfv_lite.train.shown_clips': ('train.html#shown_clips', 'sfv_lite/train.py'),
                                 'sfv_lite.train.step_cost': ('train.html#step_cost', 'sfv_lite/train.py'),
                                 'sfv_lite.train.step_parts': ('train.html#step_parts', 'sfv_lite/train.py'),
+                                'sfv_lite.train.steps_of': ('train.html#steps_of', 'sfv_lite/train.py'),
                                 'sfv_lite.train.student_of': ('train.html#student_of', 'sfv_lite/train.py'),
                                 'sfv_lite.train.train_vae': ('train.html#train_vae', 'sfv_lite/train.py'),
                                 'sfv_lite.train.vae_loss': ('train.html#vae_loss', 'sfv_lite/train.py'),

@@ -162,6 +162,7 @@ def _target(args, clips:int)->tuple[Path,str|None]:
         return out,None
     return out,args.kind or 'gif'
 
+# %% ../nbs/11_cli.ipynb #355e5178
 def _sample(args):
     "Clips of pictures, each picture encoded once"
     if args.steps==1 and args.guidance!=1: raise ValueError(f"--guidance {args.guidance:g}: one step is made without guidance; ask for more with --steps")
@@ -233,6 +234,7 @@ def _start_up()->list[dict]:
     return [{'process':name, 'seconds over bare Python':min(run(*o) for _ in range(3))-bare}
         for name,o in {'import sfv_lite':('-c','import sfv_lite'), 'sfv-lite --help':('-c','from sfv_lite.cli import main; main(["--help"])')}.items()]
 
+# %% ../nbs/11_cli.ipynb #8203f0f8
 def ratios(
     result:dict # the tables of `bench`
 )->list[dict]:

@@ -257,6 +257,7 @@ def fingerprint(
         for k,v in part.state_dict().items(): h.update(k.encode() + v.float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
+# %% ../nbs/06_data.ipynb #3a4ad433
 def _read_json(file:Path):
     try: return json.loads(file.read_text())
     except ValueError as e: raise ValueError(f"{file}: cannot be read ({e}); restore it, or prepare into another folder") from e

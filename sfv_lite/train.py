@@ -8,7 +8,7 @@ __all__ = ['CARD', 'ONE_STEP', 'random_state', 'computes_in_bf16', 'make_acceler
            'digit_batches', 'shown_clips', 'read_rows', 'write_rows', 'append_row', 'Run', 'finish_step_on_ctrl_c',
            'psnr', 'vae_loss', 'train_vae', 'edm_loss', 'one_network', 'pretrain', 'learn_little', 'State', 'descend',
            'loss_of_d', 'loss_of_g', 'one_step', 'distil_step', 'count_flops', 'step_parts', 'step_cost', 'distil',
-           'asked_of', 'student_of', 'how_made', 'export']
+           'asked_of', 'steps_of', 'student_of', 'how_made', 'export']
 
 # %% ../nbs/08_train.ipynb #f8b1d666
 import contextlib, csv, dataclasses, io, itertools, json, math, os, shutil, signal, statistics, sys, threading, time
@@ -696,6 +696,10 @@ def asked_of(run:Path)->dict:
     try: return json.loads(file.read_text())
     except ValueError as e: raise ValueError(f"{file}: cannot be read ({e}); restore it") from e
 
+def steps_of(asked:dict)->int:
+    "Steps that a run takes in all"
+    return dict(vae=asked['vae_steps'], pretrain=asked['teacher_steps'], distil=asked['head_start']+asked['steps']).get(asked['verb'], asked['steps'])
+
 def student_of(
     run:str|Path # folder of a `distil` run, finished or stopped; or any pipeline
 ):               # a `StableVideoDiffusionPipeline` in fp32
@@ -748,8 +752,7 @@ def how_made(run:Path, asked:dict)->str:
     "What a run was asked, and how far it got, for its card"
     if not asked: return 'Its run left no record.'
     last = (read_rows(run/'log.csv') or [{}])[-1]
-    total = {'vae':asked['vae_steps'], 'pretrain':asked['teacher_steps']}.get(asked['verb'], asked['steps']+asked['head_start']*(asked['verb']=='distil'))
-    return f"Run `{asked['verb']}`, base `{asked['base']}`, data `{asked.get('data') or 'moving digits'}`, recipe `[{asked['name']}]`, {last.get('step', 0)} of {total} steps in {float(last.get('seconds', 0))/3600:.2f} hours. All its numbers:\n\n```json\n{json.dumps(asked, indent=1)}\n```"
+    return f"Run `{asked['verb']}`, base `{asked['base']}`, data `{asked.get('data') or 'moving digits'}`, recipe `[{asked['name']}]`, {last.get('step', 0)} of {steps_of(asked)} steps in {float(last.get('seconds', 0))/3600:.2f} hours. All its numbers:\n\n```json\n{json.dumps(asked, indent=1)}\n```"
 
 # %% ../nbs/08_train.ipynb #848fbe4b
 def export(

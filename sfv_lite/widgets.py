@@ -18,7 +18,7 @@ from torch import Tensor
 from .edm import DiscreteLogNormal, add_noise, karras_sigmas, scalings
 from .sampling import sample_euler, sample_once
 from .svd import Denoiser, decode, encode, load_pipeline
-from .train import read_rows
+from .train import read_rows, steps_of
 from .video import moving_digits, shown, tile, to_uint8
 
 # %% ../nbs/12_widgets.ipynb #040f94db
@@ -198,9 +198,8 @@ def _said(
     "One line: the run, how far it is, how long it took"
     if not (folder/'recipe.json').exists(): return f"<b>{folder.name}</b>: no run yet"
     r = json.loads((folder/'recipe.json').read_text())
-    total = dict(vae=r['vae_steps'], pretrain=r['teacher_steps'], distil=r['steps']+r['head_start']).get(r['verb'], r['steps'])
     at,seconds = (rows[-1]['step'],float(rows[-1]['seconds'])) if rows else (0,0.)
-    return f"<b>{folder.name}</b>: {r['verb']}, step {at} of {total}, {seconds/60:.1f} minutes{', finished' if finished else ''}"
+    return f"<b>{folder.name}</b>: {r['verb']}, step {at} of {steps_of(r)}, {seconds/60:.1f} minutes{', finished' if finished else ''}"
 
 # %% ../nbs/12_widgets.ipynb #b5f1c13e
 class Panel(VBox):
