@@ -54,10 +54,11 @@ def hinge(run:Path)->dict:
 
 
 def wall(folder:Path, base:str)->Path:
-    "The same eight first frames as every model makes them move"
-    real,_ = moving_digits(8, 10_001, 'test')
-    ways = {'teacher, 25':Way(base,25)} | {f'{o}, 1':Way(str(folder/f'{o}-0'/'pipeline')) for o in ('sf-v','ladd','consistency')}
-    return save_clip(labelled({'real':real} | {k:make_clips(way, real[:,0])[0] for k,way in ways.items()}, scale=2), RESULTS/'wall.gif')
+    "The same six first frames as every model makes them move"
+    real,_ = moving_digits(6, 10_001, 'test')
+    student = lambda name, steps=1: Way(str(folder/f'{name}-0'/'pipeline'), steps, renoise=steps>1)
+    ways = {'teacher, 25':Way(base,25), 'SF-V, 1':student('sf-v'), 'LADD, 1':student('ladd'), 'consistency, 1':student('consistency'), 'consistency, 2':student('consistency',2)}
+    return save_clip(labelled({'real':real} | {k:make_clips(way, real[:,0])[0] for k,way in ways.items()}, scale=2), RESULTS.parents[1]/'images'/'race.gif')
 
 
 def main():
