@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .edm import karras_sigmas
 from .recipe import table, write_text
-from .sampling import sample_consistency, sample_euler, sample_once
+from .sampling import sample_consistency, sample_euler
 from .svd import WEIGHTS, Denoiser, condition, decode, load_pipeline, pipeline_folder
 from .train import write_rows
 from .video import CANVAS, DIGIT, N_FRAMES, bounce, centres, draw, handwritten_digits, labelled, load_clip, moving_digits, random_velocity, save_clip, shown, to_uint8
@@ -310,13 +310,13 @@ def make_clips(
     "One clip a picture, on a GPU where there is one. Clip i gets the same noise whoever makes it, wherever"
     pipe = load_pipeline(way.model).to('cuda' if torch.cuda.is_available() else 'cpu')
     D,c,out,start = Denoiser(pipe.unet).eval(),pipe.unet.config,[],time.perf_counter()
+    sigmas = karras_sigmas(way.steps + (way.renoise or way.steps==1)).flip(0)[:way.steps] # without the lowest where it would be a call for nothing
+    guidance = 1. if way.guidance==1 else torch.linspace(1, way.guidance, c.num_frames)
     for i,image in enumerate(_bar(first.split(batch), str(way), leave=False)):
         g = torch.Generator().manual_seed(seed*1_000_003+i)
         cond = condition(pipe, image.to(pipe.device), generator=g)
         noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g).to(pipe.device)
-        if way.steps==1: z = sample_once(D, cond, noise)
-        elif way.renoise: z = sample_consistency(D, cond, noise, karras_sigmas(way.steps+1).flip(0)[:-1], g) # the lowest level would be a call for nothing
-        else: z = sample_euler(D, cond, noise, karras_sigmas(way.steps).flip(0), 1. if way.guidance==1 else torch.linspace(1, way.guidance, c.num_frames))
+        z = sample_consistency(D, cond, noise, sigmas, g) if way.renoise else sample_euler(D, cond, noise, sigmas, guidance)
         out += [decode(pipe.vae, o).cpu() for o in z.split(16)] # by 64 a CPU takes half again as long
     return torch.cat(out), (time.perf_counter()-start)/len(first)
 

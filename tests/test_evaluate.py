@@ -4,7 +4,8 @@ import pytest, torch
 from conftest import files, recipe
 from sfv_lite import baselines, evaluate as ev
 from sfv_lite.cli import main
-from sfv_lite.svd import load_pipeline
+from sfv_lite.sampling import sample_once
+from sfv_lite.svd import Denoiser, condition, decode, load_pipeline
 from sfv_lite.train import distil, digit_clips
 from sfv_lite.video import load_clip, load_image, moving_digits, save_clip
 
@@ -48,6 +49,20 @@ def test_fingerprint_notices(base, tmp_path):
     way = ev.Way(str(base))
     prints = [ev.fingerprint(*o) for o in ((way,64,0), (way,64,1), (way,128,0), (ev.Way(str(base),2),64,0), (ev.Way(str(base),2,renoise=True),64,0), (ev.Way('digits'),64,0))]
     assert len(set(prints))==len(prints) and ev.fingerprint(way,64,0)==prints[0]
+
+
+def test_one_step_is_asked_as_said():
+    "One step is the highest level alone; with guidance the first frame stays and the last is pushed away from the answer without a picture"
+    real,_ = moving_digits(2, 5, 'test')
+    plain,guided = (ev.make_clips(ev.Way('digits-teacher',1,o), real[:,0])[0] for o in (1.,2.))
+    pipe,g = load_pipeline('digits-teacher'),torch.Generator().manual_seed(0)
+    D,cond = Denoiser(pipe.unet).eval(),condition(pipe, real[:,0], generator=g)
+    noise = torch.randn(2, 8, 4, 8, 8, generator=g)
+    with torch.no_grad(): given,null = (sample_once(D, o, noise) for o in (cond,cond.null()))
+    by_hand = decode(pipe.vae, null + torch.linspace(1,2,8).view(-1,1,1,1)*(given-null))
+    torch.testing.assert_close(plain, decode(pipe.vae, given), atol=1e-4, rtol=0)
+    torch.testing.assert_close(guided, by_hand, atol=1e-4, rtol=0)
+    assert (plain-guided)[:,-1].abs().max()>.1
 
 
 def test_real_clips_score_nothing():
