@@ -99,6 +99,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sfv_lite.evaluate.Way.__str__': ('evaluate.html#way.__str__', 'sfv_lite/evaluate.py'),
                                    'sfv_lite.evaluate.Way.calls': ('evaluate.html#way.calls', 'sfv_lite/evaluate.py'),
                                    'sfv_lite.evaluate.Way.parse': ('evaluate.html#way.parse', 'sfv_lite/evaluate.py'),
+                                   'sfv_lite.evaluate.Way.sample': ('evaluate.html#way.sample', 'sfv_lite/evaluate.py'),
                                    'sfv_lite.evaluate.Where': ('evaluate.html#where', 'sfv_lite/evaluate.py'),
                                    'sfv_lite.evaluate.Where.__init__': ('evaluate.html#where.__init__', 'sfv_lite/evaluate.py'),
                                    'sfv_lite.evaluate.Where.forward': ('evaluate.html#where.forward', 'sfv_lite/evaluate.py'),

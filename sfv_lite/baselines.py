@@ -16,7 +16,7 @@ from .edm import add_noise, karras_sigmas
 from .evaluate import Way
 from .objective import pseudo_huber
 from .recipe import Recipe
-from .sampling import sample_consistency, sample_euler
+from .sampling import sample_consistency
 from .svd import Batch, Condition, Denoiser, load_pipeline
 from .train import Run, averaged, beside, digit_batches, digit_clips, fixed_noise, make_accelerator, make_optimizer, micro_batch, one_network, random_state, shown_clips
 
@@ -28,13 +28,11 @@ def teachers_clips(
     way:Way # the teacher, and how it samples
 ):          # a function like `digit_clips`
     "Clips that the teacher makes of real first frames, as data for LADD"
-    D,sigmas = Denoiser(load_pipeline(way.model).unet).eval(),karras_sigmas(way.steps).flip(0)
+    D = Denoiser(load_pipeline(way.model).unet).eval()
     def clips(pipe, recipe:Recipe, n:int, seed:int)->Batch:
-        real = digit_clips(pipe, recipe, n, seed)
-        noise = torch.randn(real.latents.shape, generator=random_state(seed,-2))
-        guidance = torch.linspace(1, way.guidance, noise.shape[1]) if way.guidance!=1 else 1.
-        device = next(pipe.unet.parameters()).device
-        return Batch(sample_euler(D.to(device), real.cond.to(device), noise.to(device), sigmas, guidance).cpu(), real.cond)
+        real,g,device = digit_clips(pipe, recipe, n, seed),random_state(seed,-2),next(pipe.unet.parameters()).device
+        noise = torch.randn(real.latents.shape, generator=g)
+        return Batch(way.sample(D.to(device), real.cond.to(device), noise.to(device), g).cpu(), real.cond)
     return clips
 
 # %% ../nbs/10_baselines.ipynb #89d7c0e2

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .edm import karras_sigmas
 from .recipe import table, write_text
 from .sampling import sample_consistency, sample_euler
-from .svd import WEIGHTS, Denoiser, condition, decode, load_pipeline, pipeline_folder
+from .svd import WEIGHTS, Condition, Denoiser, condition, decode, load_pipeline, pipeline_folder
 from .train import write_rows
 from .video import CANVAS, DIGIT, N_FRAMES, bounce, centres, draw, handwritten_digits, labelled, load_clip, moving_digits, random_velocity, save_clip, shown, to_uint8
 
@@ -299,6 +299,17 @@ class Way:
         "Network evaluations a clip"
         return self.steps*(1 if self.guidance==1 else 2)
 
+    def sample(self,
+        denoiser,       # `denoiser(x, sigma, cond) → x0_hat`
+        cond:Condition, # of `b` clips
+        noise:Tensor,   # `(b t c h w)`, unit variance
+        generator:torch.Generator # of fresh noise, on the CPU
+    )->Tensor:          # `(b t c h w)`, clean latents
+        "Ask the network in this way"
+        sigmas = karras_sigmas(self.steps + (self.renoise or self.steps==1)).flip(0)[:self.steps] # without the lowest where it would be a call for nothing
+        if self.renoise: return sample_consistency(denoiser, cond, noise, sigmas, generator)
+        return sample_euler(denoiser, cond, noise, sigmas, 1. if self.guidance==1 else torch.linspace(1, self.guidance, noise.shape[1]))
+
 # %% ../nbs/09_evaluate.ipynb #5fa0835b
 @torch.no_grad()
 def make_clips(
@@ -310,13 +321,11 @@ def make_clips(
     "One clip a picture, on a GPU where there is one. Clip i gets the same noise whoever makes it, wherever"
     pipe = load_pipeline(way.model).to('cuda' if torch.cuda.is_available() else 'cpu')
     D,c,out,start = Denoiser(pipe.unet).eval(),pipe.unet.config,[],time.perf_counter()
-    sigmas = karras_sigmas(way.steps + (way.renoise or way.steps==1)).flip(0)[:way.steps] # without the lowest where it would be a call for nothing
-    guidance = 1. if way.guidance==1 else torch.linspace(1, way.guidance, c.num_frames)
     for i,image in enumerate(_bar(first.split(batch), str(way), leave=False)):
         g = torch.Generator().manual_seed(seed*1_000_003+i)
         cond = condition(pipe, image.to(pipe.device), generator=g)
         noise = torch.randn(len(image), c.num_frames, c.out_channels, *cond.image_latents.shape[-2:], generator=g).to(pipe.device)
-        z = sample_consistency(D, cond, noise, sigmas, g) if way.renoise else sample_euler(D, cond, noise, sigmas, guidance)
+        z = way.sample(D, cond, noise, g)
         out += [decode(pipe.vae, o).cpu() for o in z.split(16)] # by 64 a CPU takes half again as long
     return torch.cat(out), (time.perf_counter()-start)/len(first)
 

@@ -52,7 +52,7 @@ def test_fingerprint_notices(base, tmp_path):
 
 
 def test_one_step_is_asked_as_said():
-    "One step is the highest level alone; with guidance the first frame stays and the last is pushed away from the answer without a picture"
+    "One step is the highest level alone; with guidance the first latent frame stays and the last is pushed away from the answer without a picture"
     real,_ = moving_digits(2, 5, 'test')
     plain,guided = (ev.make_clips(ev.Way('digits-teacher',1,o), real[:,0])[0] for o in (1.,2.))
     pipe,g = load_pipeline('digits-teacher'),torch.Generator().manual_seed(0)
