@@ -54,16 +54,28 @@ def load_recipe(args):
 def _prepare(args):
     "Videos to shards of latents"
     r = load_recipe(args)
-    from sfv_lite.data import Cutting, contact, prepare
     from sfv_lite.edm import LogNormal
-    report = prepare(args.source, args.out, args.base, Cutting(r.frames, r.fps, r.height, r.width, args.shot), LogNormal(r.aug_mean,r.aug_std), r.seed, args.workers, args.shard, args.noisy, dry_run=args.dry_run)
-    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {r.frames} frames" + ('' if args.dry_run else f" in {report['shards']} shard(s)"))
-    print('motion bucket  ' + '  '.join(f'{32*i}+: {n}' for i,n in enumerate(report['motion'])))
-    for o in report['refused']: print(f"  not used: {o['file']}: {o['reason']}")
-    if not args.dry_run:
-        if report['clips']: print(contact(args.out, args.base))
-        print(args.out/'report.json')
+    from sfv_lite.films import Cutting
+    from sfv_lite.footage import Worth
+    from sfv_lite.shards import contact, dry_run, prepare
+    spec = Cutting(r.frames, r.fps, r.height, r.width, args.shot, args.upscale, args.slow)
+    asked = dict(workers=args.workers, worth=Worth(args.least_motion, args.most_motion, args.least_contrast, args.repeats), picture_fps=args.picture_fps)
+    sheet = args.out.with_name(f'{args.out.name}-dry-run.png')
+    if args.dry_run: report = dry_run(args.source, spec, sheet, **asked)
+    else: report = prepare(args.source, args.out, args.base, spec, LogNormal(r.aug_mean,r.aug_std), r.seed, shard=args.shard, noisy=args.noisy, **asked)
+    _say_report(report, r.frames)
+    if report['clips']: print(sheet if args.dry_run else contact(args.out, args.base))
+    if not args.dry_run: print(args.out/'report.json')
     return 3 if report['refused'] else 0
+
+def _say_report(report:dict, frames:int)->None:
+    "A report, as lines to read"
+    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {frames} frames" + (f" in {report['shards']} shard(s)" if report['shards'] else ''))
+    print('motion bucket  ' + '  '.join(f'{32*i}+: {n}' for i,n in enumerate(report['motion'])))
+    print('contrast       ' + '  '.join(f'{8*i}+: {n}' for i,n in enumerate(report['contrast'])))
+    for k,said in (('breaks','films broken at'), ('repeats','repeats'), ('dropped','dropped'), ('passed','passed over')):
+        if any(report[k].values()): print(f"{said}: " + ', '.join(f'{n} × {o}' for o,n in report[k].items() if n))
+    for o in report['refused']: print(f"  not used: {o['file']}: {o['reason']}")
 
 # %% ../nbs/11_cli.ipynb #c4dff60a
 def _vae(args):
@@ -74,7 +86,7 @@ def _vae(args):
 def _data(args):
     "What `--data` names, or None for the built-in digits"
     if not args.data: return None
-    from sfv_lite.data import shard_batches
+    from sfv_lite.shards import shard_batches
     return shard_batches(args.data)
 
 def _pretrain(args):
@@ -269,13 +281,20 @@ def _training(verbs)->None:
     "Verbs that make a model: videos to shards, and the three runs"
     prep = _verb(verbs, 'prepare', _prepare, "videos to shards of latents, for --data; goes on where it was stopped", 'shards')
     _recipe_options(prep)
-    prep.add_argument('source', metavar='SOURCE', help="a folder of videos (any depth), a text file with one path a line, or one video")
+    prep.add_argument('source', metavar='SOURCE', help="a folder of films (any depth), a .txt with a path a line, a .csv with columns file,start,end in seconds, or one film")
     prep.add_argument('--base', default='digits-teacher', help="pipeline whose VAE and image tower encode (default: the shipped digits-teacher)")
-    prep.add_argument('--shot', type=within(float,0), default=.1, help="FFmpeg's scene score from which a change is a cut that no clip crosses, 0…1 (default: .1)")
+    prep.add_argument('--shot', type=within(float,0), default=.15, help="how much newer than its neighbours a picture must be to begin a new shot, whose cut no clip crosses (default: .15; more: fewer cuts)")
+    prep.add_argument('--picture-fps', type=within(float,.01), metavar='FPS', help="take numbered pictures, frame_1.png …, as films of so many a second (default: they are passed over)")
+    prep.add_argument('--upscale', action='store_true', help="take films that are smaller than the recipe's size too, and enlarge them")
+    prep.add_argument('--slow', action='store_true', help="take films of fewer pictures a second than the recipe's fps too, and repeat pictures")
+    prep.add_argument('--least-motion', type=within(int,0,255), default=0, metavar='BUCKET', help="drop clips that move less (default: 0, none)")
+    prep.add_argument('--most-motion', type=within(int,0,255), default=255, metavar='BUCKET', help="drop clips that move more (default: 255, none)")
+    prep.add_argument('--least-contrast', type=within(float,0,127), default=0, metavar='LEVELS', help="drop clips with a frame whose brightness deviates less, in grey levels (default: 0, none)")
+    prep.add_argument('--repeats', choices=('keep','exact','near'), default='keep', help="drop clips that were there before, to the pixel, or nearly so in another film (default: keep)")
     prep.add_argument('--workers', type=within(int,0), default=2, help="processes that decode (default: 2)")
     prep.add_argument('--shard', type=within(int,1), default=256, help="clips a shard (default: 256)")
     prep.add_argument('--noisy', type=within(int,1), default=4, help="encodings of the first frame, each with noise of its own (default: 4)")
-    prep.add_argument('--dry-run', action='store_true', help="decode and count, write nothing")
+    prep.add_argument('--dry-run', action='store_true', help="decode, count, and draw a sheet of clips beside their motion, contrast and repeats; write no shards")
     vae = _verb(verbs, 'vae', _vae, "train the digits pipeline's VAE: the first of three runs", 'runs/vae')
     pre = _verb(verbs, 'pretrain', _pretrain, "train a teacher by the EDM loss: the second run", 'runs/teacher')
     dis = _verb(verbs, 'distil', _distil, "make a one-step student of a teacher: SF-V itself", 'runs/student')
