@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'ENDINGS', 'MOST_PIXELS', 'HDR', 'NUMBERED', 'GRID', 'REAC
            'Became', 'read_pictures', 'with_cuts', 'whole_clips', 'clips_of', 'there', 'promised', 'what_is_missing']
 
 # %% ../nbs/06a_films.ipynb #c77354f2
-import functools, itertools, math, os, re
+import functools, itertools, math, os, re, statistics
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +25,7 @@ class Cutting:
     fps:float          # pictures a second
     height:int         # pixels
     width:int
-    shot:float=.15     # how much more a picture must differ than those around it, to begin a new shot; `Cuts`
+    shot:float=.1     # how much more a picture must differ than those around it, to begin a new shot; `Cuts`
     upscale:bool=False # whether films that are smaller are taken too, and enlarged
     slow:bool=False    # whether films of fewer pictures a second are taken too, and pictures repeated
 
@@ -87,7 +87,9 @@ def film_frames(
     index = moves_longest(film.path)
     with open_film(film.path) as container:
         stream = container.streams[index]
-        c,stream.thread_type = stream.codec_context,'AUTO'
+        c = stream.codec_context
+        if c is None: raise Unusable("not a readable video (of a codec that this FFmpeg does not know)")
+        stream.thread_type = 'AUTO'
         c.thread_count = min(8, os.cpu_count() or 1)
         if c.width*c.height>MOST_PIXELS: raise Unusable(f"is {c.width}×{c.height} pixels, more than {MOST_PIXELS:,} in a picture")
         c.options = dict(max_pixels=str(MOST_PIXELS)) # what a header says of later pictures is not believed either
@@ -171,7 +173,7 @@ def grid(
     "A picture from afar. Its sums are of whole numbers below 2²⁴, so exact in any order"
     h,w = y.shape
     if min(h,w)<GRID: y = y.repeat(-(-GRID//h), 0).repeat(-(-GRID//w), 1)
-    y = y[::-(-len(y)//256)].astype(np.float32) # 256 rows are enough
+    y = y[::-(-y.shape[0]//128),::-(-y.shape[1]//256)].astype(np.float32) # so many rows and columns are enough
     rows,columns = cells(y.shape[0]),cells(y.shape[1])
     return (16*(rows@y@columns.T)/np.outer(rows.sum(1), columns.sum(1))).astype(np.int16)
 
@@ -209,7 +211,7 @@ def brightness(frame)->np.ndarray:
     p = frame.planes[0]
     return np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:,:p.width]
 
-# %% ../nbs/06a_films.ipynb #c5b4dc20
+# %% ../nbs/06a_films.ipynb #8d1d34dd
 HOLD = 2. # seconds for which a picture may stand still if `slow`
 
 def paced(
@@ -218,24 +220,27 @@ def paced(
     became       # a `Became`, which is told what is found
 ):               # yields (seconds, frame, aspect, whether no clip may cross from the one before to this one)
     "The pictures at the ticks of a clock"
-    tick,hold = 1/spec.fps,(int(HOLD*spec.fps) if spec.slow else 1)
-    broken,zero,usual = True,0.,tick
+    tick = 1/spec.fps
+    broken,zero,usual,steps = True,0.,tick,deque(maxlen=9)
     for a,b in itertools.pairwise(itertools.chain(frames, [None])):
         now,frame,aspect,begins = a
         if broken or begins: broken,zero,left = True,now,now
         step = b[0]-now if b else usual
         if -1<step<=0: continue # shown at no time
+        hold = int(HOLD*spec.fps) if spec.slow else 2 if usual<=1.05*tick else 1 # ticks
         gap = not 0<step<=(hold+.75)*tick
-        usual = usual if gap else step
         right = now+(usual if gap else step)/2
         ticks = math.ceil((right-zero)*spec.fps-1e-6)-math.ceil((left-zero)*spec.fps-1e-6)
         for k in range(min(ticks, hold)):
             yield now+k*tick,frame,aspect,broken
             broken = False
-        became.pictures,became.seconds,became.gaps = became.pictures+1,became.seconds+usual,became.gaps+(gap and b is not None)
+        became.pictures,became.seconds,became.until,became.gaps = became.pictures+1,became.seconds+(usual if gap else step),now+usual,became.gaps+(gap and b is not None)
         broken,left = broken or gap or ticks>hold,right
+        if b and step>0: steps.append(step)
+        usual = statistics.median(steps or [tick])
+        became.rate = 1/usual
 
-# %% ../nbs/06a_films.ipynb #f457dd0b
+# %% ../nbs/06a_films.ipynb #6308ed57
 class Fit:
     "Frames to pictures uint8 `(h w 3)` of the wanted size"
     def __init__(self, spec:Cutting): self.spec,self.kind,self.graph = spec,None,None
@@ -260,15 +265,17 @@ class Fit:
         self.graph.vpush(frame)
         return self.graph.vpull().to_ndarray()
 
-# %% ../nbs/06a_films.ipynb #f2808bb0
+# %% ../nbs/06a_films.ipynb #7e649910
 @dataclass
 class Became:
     "What a film gave, and what is wrong with it"
     clips:int=0
     pictures:int=0  # decoded
     seconds:float=0.# for which they are shown
+    rate:float=0.   # pictures a second
+    until:float=0.  # seconds, where the last one ends
     cuts:int=0
-    gaps:int=0      # in time: pictures missing for longer than a tick, or times that run backwards
+    gaps:int=0      # in time: nothing new for longer than two ticks, or times that run backwards
     reason:str|None=None # why it is not used, or not whole
     sidecar:bool=False   # whether it is no film and does not claim to be one
 
@@ -295,7 +302,7 @@ def with_cuts(frames, shot:float, became:Became, alive=lambda: None):
             became.cuts += begins
             yield *held.popleft(),begins
 
-# %% ../nbs/06a_films.ipynb #af858075
+# %% ../nbs/06a_films.ipynb #ac0a1f62
 def whole_clips(
     pictures,  # as of `read_pictures`
     frames:int # a clip
@@ -321,10 +328,10 @@ def clips_of(
         for became.clips,clip in enumerate(whole_clips(read_pictures(film, spec, became, alive), spec.frames), 1): yield clip
         became.reason = what_is_missing(film, spec, became)
     except Unusable as e: became.reason,became.sidecar = str(e),isinstance(e, NoFilm) and film.path.suffix.lower() not in ENDINGS
-    except MemoryError: became.reason = f"needs more memory than a decoder may take, after {became.seconds:.1f} s"
+    except MemoryError: became.reason = f"needs more memory than a decoder may take, after {became.until:.1f} s"
     except (av.error.FFmpegError,OSError,ValueError) as e:
         said = printable(' '.join(str(getattr(e,'strerror',None) or e).split())[:80])
-        became.reason = f"damaged after {became.seconds:.1f} s ({said})" if became.pictures else f"not a readable video ({said})"
+        became.reason = f"damaged after {became.until:.1f} s ({said})" if became.pictures else f"not a readable video ({said})"
     yield became
 
 def there(film:Film)->None:
@@ -333,7 +340,7 @@ def there(film:Film)->None:
     if not film.path.is_file(): raise Unusable("no such file")
     if not film.path.stat().st_size: raise Unusable("is empty")
 
-# %% ../nbs/06a_films.ipynb #f5d7950d
+# %% ../nbs/06a_films.ipynb #7739577f
 def promised(film:Film)->float:
     "Seconds that a file's header speaks of; 0 where it says nothing, or only a part was meant"
     if film.rate or film.start or film.end<math.inf: return 0.
@@ -342,8 +349,8 @@ def promised(film:Film)->float:
 def what_is_missing(film:Film, spec:Cutting, became:Became)->str|None:
     "Why a film that could be read gave less than it should, if it did"
     length = promised(film)
-    if not became.gaps and became.seconds+1<.9*length: return f"ends after {became.seconds:.1f} of {length:.1f} s"
+    if became.until+1<.9*length: return f"ends after {became.until:.1f} of {length:.1f} s"
     if became.clips: return None
-    rate = became.pictures/max(became.seconds, 1e-9)
-    if became.pictures>1 and rate<.95*spec.fps and not spec.slow: return f"has {rate:.3g} pictures a second, fewer than {spec.fps:g}; --slow repeats them, --set fps={max(1,math.floor(rate))} asks for fewer"
+    if became.pictures>1 and became.rate<.95*spec.fps and not spec.slow:
+        return f"has {became.rate:.2g} pictures a second, fewer than {spec.fps:g}; --slow repeats them, --set fps={max(1,round(became.rate))} asks for fewer"
     return f"too short: no shot has the {spec.frames/spec.fps:.2f} s of a clip"

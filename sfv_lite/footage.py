@@ -210,7 +210,8 @@ class Decoder:
     def __init__(self, films:list[Film], spec:Cutting):
         self.said,self.waiting = tempfile.TemporaryFile(),queue.Queue(8)
         code = f'import sys; sys.path[:] = {[o for o in sys.path if isinstance(o,str)]!r}; from sfv_lite.footage import serve; serve()'
-        self.process = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, start_new_session=True) # a terminal's Ctrl-C is the parent's
+        self.process = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said,
+            start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')) # a terminal's Ctrl-C is the parent's; sums as small as ours want no threads
         self.thread = threading.Thread(target=self._receive, args=((films,spec),), daemon=True)
         self.thread.start()
 

@@ -116,6 +116,7 @@ def test_sample_a_digit(base, tmp_path, monkeypatch, capsys):
     assert run(['sample', 'digit:1503', '--model', base, '-o', 'clips.v2'])==0 and list(files(tmp_path/'clips.v2'))==['digit-1503.gif']
 
 
+@pytest.mark.slow
 def test_three_runs_and_a_clip(tmp_path):
     """vae → pretrain → distil → sample, each from the run folder of the one before, each run with its recipe, log, state, picture and a
     pipeline that opens"""
@@ -138,6 +139,7 @@ def test_three_runs_and_a_clip(tmp_path):
     assert run(['sample', 'digit:3', '--model', before, '-o', tmp_path/'clip.gif'])==0
 
 
+@pytest.mark.slow
 def test_bench(base, tmp_path):
     "Figures of a training step, memory, a clip and start-up, as JSON and as tables"
     done = sfv('bench', '-o', tmp_path/'bench.json', '--base', base, *sets(batch=2))

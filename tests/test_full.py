@@ -43,6 +43,7 @@ def test_from_videos_to_a_clip(recipe, desk, tmp_path):
     assert sorted(files(tmp_path/'clips'))==['picture-0.mp4','picture-1.mp4'] and load_clip(tmp_path/'clips/picture-1.mp4').shape==(14,3,64,64)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_exported_and_resumed(desk, tmp_path):
     "A LoRA run that was stopped resumes to the weights of one that was not; what is exported of it lies between base and end"
     ask = lambda out, **keys: sfv('distil', '--recipe', 'svd-lora', '--base', 'base', '--data', 'shards', '-o', out, *SMALL, *sets(lora_rank=4, **keys), *(['--resume'] if (tmp_path/out).exists() else []), cwd=desk)
@@ -118,6 +119,7 @@ def test_what_does_not_fit_is_said_in_a_line(desk, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 def test_true_width(tmp_path):
     """The whole of SVD with random weights: saved and opened again as the public checkpoint lies, one step of sampling and one step of LoRA
     training at 64×64 pixels and 14 frames, below 20 GB"""

@@ -5,6 +5,7 @@ import pytest
 from conftest import ROOT, files, python
 
 NOTEBOOKS = sorted(str(o.relative_to(ROOT)) for o in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(ROOT).parts))
+SLOW = {f'nbs/{o}.ipynb' for o in ('03_sampling','08b_plan','09_evaluate','tutorials/full_svd','tutorials/own_videos')} # half a minute and more
 LIMIT = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['nbdev'].get('cell_timeout', 600) # seconds; nbdev-test itself holds each cell to it
 
 
@@ -31,7 +32,7 @@ def test_there_are_notebooks():
     assert made and made==exporting
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS)
+@pytest.mark.parametrize('notebook', [pytest.param(o, marks=[pytest.mark.slow]*(o in SLOW)) for o in NOTEBOOKS])
 def test_notebook_runs(notebook, copy):
     """From the first cell to the last, in a fresh process, in time, with every assertion in it; a notebook that nbdev overlooks fails as
     well"""

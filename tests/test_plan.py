@@ -47,7 +47,7 @@ CASES = { # widths, what changes; the large ones take 2 to 5 GB and minutes
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="the peak of resident memory is read from /proc")
-@pytest.mark.parametrize('case', [pytest.param(o, marks=[] if o=='small' else pytest.mark.slow) for o in CASES])
+@pytest.mark.parametrize('case', [pytest.param(o, marks=[pytest.mark.slow]+[pytest.mark.huge]*(o!='small')) for o in CASES])
 def test_memory_is_what_a_process_takes(case, tmp_path):
     """Two optimiser steps of UNets of 0.06 to 0.5 billion weights: the highest resident memory of a fresh process is within 10 % of the plan.
     (glibc is asked to give freed memory back; by itself it keeps a few hundred MB of fragments, of which a plan knows nothing.)"""
@@ -83,6 +83,7 @@ def test_memory_is_planned_alike_where_there_is_a_gpu(base):
     assert memory_of(dataclasses.replace(r, precision='no'), network_sizes(base))['peak']!=expected['peak'] # so autocast is seen at all
 
 
+@pytest.mark.slow
 def test_plan_on_the_command_line(base, tmp_path):
     "Table, verdict and a file; more cards share the batch; a batch that they cannot share is refused"
     def ask(*more): return sfv('plan', '--recipe', 'digits', '--base', base, '-o', tmp_path/'plan.json', *more)

@@ -4,12 +4,14 @@ from pathlib import Path
 import av, numpy as np, pytest, torch
 from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite.cli import main
-from sfv_lite.data import Cutting, clips_of, decoded, find_videos, load_manifest, locked, open_shards, prepare, shard_batches
+from sfv_lite.films import Became, Cutting, clips_of
+from sfv_lite.footage import decoded, find_films
+from sfv_lite.shards import load_manifest, locked, open_shards, prepare, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import load_clip, moving_digits, save_clip, to_uint8
 
 SPEC = Cutting(8, 7, 32, 32)
-WRONG = {'nothing.mp4':'is empty', 'notes.mp4':'not a readable video', 'cut off.mp4':'not a readable video', 'deep/er/sound.mp4':'has sound but no picture', 'wink.webm':'too short', 'readme.txt':'not a readable video'}
+WRONG = {'nothing.mp4':'is empty', 'notes.mp4':'not a readable video', 'cut off.mp4':'not a readable video', 'deep/er/sound.mp4':'has sound but no picture', 'wink.webm':'too short'}
 
 
 def write(path, x, fps=7):
@@ -75,7 +77,7 @@ def only(folder):
 # files that are wrong -----------------------------------------------------------------------------
 
 def test_every_wrong_file_is_reported_once(mixed, base, tmp_path, capsys):
-    "Each with its reason, in the report and on the screen; the others are used, and the exit code is 3"
+    "Each with its reason, in the report and on the screen; the others are used, and the exit code is 3. A text file is passed over and counted"
     assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--base', str(base)])==3
     report = json.loads((tmp_path/'out/report.json').read_text())
     assert report['clips']==18 and report['files']==12
@@ -83,6 +85,7 @@ def test_every_wrong_file_is_reported_once(mixed, base, tmp_path, capsys):
     assert len(report['refused'])==len(refused) and set(refused)==set(WRONG)
     assert all(refused[k].startswith(v) for k,v in WRONG.items()), refused
     said = capsys.readouterr().out
+    assert report['passed']=={'.txt':1} and '1 × .txt' in said
     assert all(k in said for k in WRONG) and (tmp_path/'out/sheet.png').stat().st_size>1000
 
 
@@ -92,33 +95,19 @@ def test_a_file_that_breaks_off_keeps_its_clips(kind, cause, tmp_path):
     write(tmp_path/f'whole.{kind}', moving_digits(12, 3)[0].flatten(0,1))
     whole = (tmp_path/f'whole.{kind}').read_bytes()
     (tmp_path/f'part.{kind}').write_bytes(whole[:len(whole)*2//3])
-    *clips,(_,wrong) = clips_of(tmp_path/f'part.{kind}', SPEC)
-    assert 2<=len(clips)<11 and wrong.startswith(cause), wrong
+    *clips,became = clips_of(tmp_path/f'part.{kind}', SPEC)
+    assert 2<=len(clips)<11 and became.reason.startswith(cause), became
 
 
 def test_no_clip_crosses_a_cut(base, tmp_path):
     "Black on white follows white on black after 12 frames: one clip of 8 from each side, none from the middle"
-    x,_ = moving_digits(3, 1)
-    x = x.flatten(0,1)
-    save_clip(torch.cat([x[:12],-x[12:]]), tmp_path/'cut.mp4', fps=7)
-    found = [clip for _,(_,clip) in decoded([tmp_path/'cut.mp4'], SPEC, 0) if isinstance(clip, np.ndarray)]
+    x,_ = moving_digits(2, 1)
+    x = torch.cat([x,x.flip(1)], 1)[:,:12]
+    save_clip(torch.cat([x[0],-x[1]]), tmp_path/'cut.mp4', fps=7)
+    *found,became = clips_of(tmp_path/'cut.mp4', SPEC)
+    found = [clip for _,clip in found]
     assert [clip.mean()>128 for clip in found]==[False,True]
-    assert all(np.ptp(clip.mean((1,2,3)))<60 for clip in found)
-
-
-def test_lists_and_single_files(good, tmp_path):
-    "A text file names videos relative to itself; a name that is not there is refused by name"
-    (good.parent/'list.txt').write_text(f"{good.name}/a b.mp4\n\n{good.name}/missing.mp4\n", encoding='utf-8')
-    found = find_videos(good.parent/'list.txt')
-    assert [o.name for o in found]==['a b.mp4','missing.mp4']
-    assert [o for _,(_,o) in decoded(found, SPEC, 0) if not isinstance(o,np.ndarray)]==[None,'no such file']
-    assert find_videos(good/'a b.mp4')==[good/'a b.mp4']
-    shutil.copytree(good, tmp_path/'videofolder')
-    (tmp_path/'videofolder'/'metadata.jsonl').write_text('{"file_name": "a b.mp4"}') # as 🤗 datasets keeps one
-    assert len(find_videos(tmp_path/'videofolder'))==6
-    shutil.rmtree(tmp_path/'videofolder')
-    for wrong in (tmp_path/'none', tmp_path): # not there; empty
-        with pytest.raises(FileNotFoundError, match=str(wrong)): find_videos(wrong)
+    assert all(np.ptp(clip.mean((1,2,3)))<60 for clip in found) and became.cuts==1
 
 
 def test_prepare_where_the_videos_are(good, base, tmp_path, monkeypatch, capsys):
@@ -135,22 +124,23 @@ def test_prepare_where_the_videos_are(good, base, tmp_path, monkeypatch, capsys)
     assert main(command)==1 and 'manifest.json: cannot be read' in capsys.readouterr().err
 
 
-def test_dry_run_writes_nothing(mixed, tmp_path, capsys):
-    "It counts clips and names wrong files like the real run"
+def test_dry_run_writes_a_sheet_and_no_shards(mixed, tmp_path, capsys):
+    "It counts clips and names wrong files like the real run, and leaves a sheet of clips beside the folder of shards, which is not made"
     assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--dry-run'])==3
     said = capsys.readouterr().out
-    assert '18 clips' in said and all(k in said for k in WRONG) and not (tmp_path/'out').exists()
+    assert '18 clips' in said and all(k in said for k in WRONG)
+    assert os.listdir(tmp_path)==['out-dry-run.png'] and (tmp_path/'out-dry-run.png').stat().st_size>10_000
 
 
 # being stopped ------------------------------------------------------------------------------------
 
-def test_killed_ten_times(good, base, shards, tmp_path):
+def test_killed_again_and_again(good, base, shards, tmp_path):
     "SIGKILL at random points; each time the same command goes on, and in the end the shards are those of an undisturbed run"
     out,chance = tmp_path/'out',random.Random(0)
-    code = f"from sfv_lite.data import *; import torch; torch.set_num_threads(1); prepare({str(good)!r}, {str(out)!r}, {str(base)!r}, Cutting(8,7,32,32), workers={{}}, shard=5)"
+    code = f"from sfv_lite.films import Cutting; from sfv_lite.shards import prepare; import torch; torch.set_num_threads(1); prepare({str(good)!r}, {str(out)!r}, {str(base)!r}, Cutting(8,7,32,32), workers={{}}, shard=5)"
     script = tmp_path/'prepare.py'
-    for k in range(10):
-        script.write_text(f"if __name__=='__main__':\n    {code.format(k%3)}\n")
+    for k in range(6):
+        script.write_text(code.format(k%3)) # a plain script, without a guard
         p = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
         before = set(files(out)) if out.exists() else set()
         while p.poll() is None and not (out/'.lock').exists(): time.sleep(.02)
@@ -176,20 +166,20 @@ def test_ctrl_c(good, base, tmp_path):
 
 def test_no_space_left(good, base, shards, tmp_path, monkeypatch, capsys):
     "A disk that is full at the second shard: one line, what was whole stays, and with space the run goes on"
-    from datasets import Dataset
-    write = Dataset.to_parquet
-    def full(self, path, **kw):
-        if 'shard-00001' in path:
-            Path(path).write_bytes(b'half')
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        return write(self, path, **kw)
-    monkeypatch.setattr(Dataset, 'to_parquet', full)
+    import pyarrow.parquet as pq
+    made,whole = [],pq.ParquetWriter
+    class Full(whole):
+        def write_table(self, table):
+            made.append(table)
+            if len(made)==2: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'shard-00001.parquet')
+            super().write_table(table)
+    monkeypatch.setattr(pq, 'ParquetWriter', Full)
     argv = ['prepare', str(good), '-o', str(tmp_path/'out'), '--base', str(base), '--shard', '5']
     assert main(argv)==1
     said = capsys.readouterr().err.strip()
     assert 'No space left' in said and 'shard-00001' in said.splitlines()[-1]
     assert sorted(o for o in files(tmp_path/'out') if 'shard' in o)==['shard-00000.json','shard-00000.parquet']
-    monkeypatch.setattr(Dataset, 'to_parquet', write)
+    monkeypatch.setattr(pq, 'ParquetWriter', whole)
     assert main(argv)==0
     assert only(tmp_path/'out')==only(shards)
 
@@ -201,17 +191,6 @@ def test_a_second_prepare_refuses(good, base, tmp_path):
         assert done.returncode==1 and 'another prepare is writing here' in done.stderr
         assert files(tmp_path/'out').keys()<={'.lock'}
     assert sfv('prepare', good, '-o', tmp_path/'out', '--base', base).returncode==0
-
-
-def test_a_decoder_that_dies_costs_one_file(good):
-    "The file is reported and the next ones are decoded by a new process"
-    stream = decoded(find_videos(good), Cutting(2, 7, 32, 32), workers=1) # more clips a file than the queue holds
-    items = [next(stream)]
-    multiprocessing.active_children()[0].kill()
-    items += list(stream)
-    ends = [(i,o) for i,(_,o) in items if not isinstance(o,np.ndarray)]
-    assert [i for i,_ in ends]==list(range(6)) and sum(o is not None for _,o in ends)==1
-    assert 'its decoder died' in next(o for _,o in ends if o)
 
 
 def test_another_command_on_the_same_folder(good, base, shards, capsys):
