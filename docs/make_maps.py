@@ -6,11 +6,12 @@ from pathlib import Path
 IMAGES = Path(__file__).resolve().parents[1]/'nbs'/'images'
 W,H,COL,ROW = 116,42,176,80 # of a box; from one to the next
 BOXES = { # notebook → column, row, what is in it
-    '00 video':(0,0,'clips'), '01 edm':(0,2,'noise levels'), '02 svd':(1,1,'the network'), '03 sampling':(2,2,'noise to clip'), '04 heads':(2,1,'two judges'), '05 objective':(3,1,'losses'),
-    '06a films':(1,0,'films to clips'), '06b footage':(2,0,'folders to clips'), '06c shards':(3,0,'clips to latents'), '07 recipe':(4,0,'every number'), '08 train':(4,1,'two loops'), '08b plan':(5,0,'what it costs'), '09 evaluate':(4,2,'how good'),
-    '10 baselines':(5,2,'rivals'), '11 cli':(6,0,'one command'), '12 widgets':(5,1,'to touch')}
-ARROWS = [('00 video','06a films','pictures'), ('00 video','02 svd','pixels'), ('01 edm','02 svd','σ, c'), ('06a films','06b footage','clips'), ('06b footage','06c shards','clips'), ('06c shards','08 train','batches'), ('02 svd','04 heads','features'), ('02 svd','03 sampling','guesses'), ('04 heads','05 objective','logits'),
-    ('05 objective','08 train','losses'), ('07 recipe','08 train','numbers'), ('07 recipe','08b plan','numbers'), ('08 train','08b plan','a step'), ('03 sampling','09 evaluate','clips'), ('08 train','09 evaluate','students'), ('09 evaluate','10 baselines','marks'),
+    '00 video':(0,0,'clips'), '01 edm':(0,2,'noise levels'), '02 svd':(1,1,'the network'), '03 sampling':(3,2,'noise to clip'), '04 heads':(2,1,'two judges'), '05 objective':(3,1,'losses'),
+    '06a shots':(1,0,'where cuts are'), '06b films':(2,0,'films to clips'), '06c footage':(3,0,'folders to clips'), '06d shards':(4,0,'clips to latents'), '06e stream':(5,0,'dealt out'),
+    '07 recipe':(2,2,'every number'), '08 train':(4,1,'two loops'), '08b plan':(5,1,'what it costs'), '09 evaluate':(4,2,'how good'),
+    '10 baselines':(5,2,'rivals'), '11 cli':(6,0,'one command'), '12 widgets':(6,2,'to touch')}
+ARROWS = [('00 video','06a shots','pictures'), ('00 video','02 svd','pixels'), ('01 edm','02 svd','σ, c'), ('06a shots','06b films','shots'), ('06b films','06c footage','clips'), ('06c footage','06d shards','clips'), ('06d shards','06e stream','shards'), ('06e stream','08 train','batches'), ('02 svd','04 heads','features'), ('02 svd','03 sampling','guesses'), ('04 heads','05 objective','logits'),
+    ('05 objective','08 train','losses'), ('07 recipe','08 train','numbers'), ('08 train','08b plan','a step'), ('03 sampling','09 evaluate','clips'), ('08 train','09 evaluate','students'), ('09 evaluate','10 baselines','marks'),
     ('08 train','11 cli','runs'), ('08 train','12 widgets','logs')]
 
 

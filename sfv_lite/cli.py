@@ -57,12 +57,16 @@ def _prepare(args):
     from sfv_lite.edm import LogNormal
     from sfv_lite.films import Cutting
     from sfv_lite.footage import Worth
-    from sfv_lite.shards import contact, dry_run, prepare
+    from sfv_lite.shards import dry_run, prepare
+    from sfv_lite.stream import contact
     spec = Cutting(r.frames, r.fps, r.height, r.width, args.shot, args.upscale, args.slow)
-    asked = dict(workers=args.workers, worth=Worth(args.least_motion, args.most_motion, args.least_contrast, args.repeats), picture_fps=args.picture_fps)
+    worth = Worth(args.least_motion, args.most_motion, args.least_contrast, args.repeats)
+    asked = dict(workers=args.workers, worth=worth, picture_fps=args.picture_fps)
     sheet = args.out.with_name(f'{args.out.name}-dry-run.png')
     if args.dry_run: report = dry_run(args.source, spec, sheet, **asked)
-    else: report = prepare(args.source, args.out, args.base, spec, LogNormal(r.aug_mean,r.aug_std), r.seed, shard=args.shard, noisy=args.noisy, **asked)
+    else:
+        levels = LogNormal(r.aug_mean, r.aug_std)
+        report = prepare(args.source, args.out, args.base, spec, levels, r.seed, shard=args.shard, noisy=args.noisy, **asked)
     _say_report(report, r.frames)
     if report['clips']: print(sheet if args.dry_run else contact(args.out, args.base))
     if not args.dry_run: print(args.out/'report.json')
@@ -70,11 +74,13 @@ def _prepare(args):
 
 def _say_report(report:dict, frames:int)->None:
     "A report, as lines to read"
-    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {frames} frames" + (f" in {report['shards']} shard(s)" if report['shards'] else ''))
+    shards = f" in {report['shards']} shard(s)" if report['shards'] else ''
+    print(f"{report['files']} files, {report['seconds']:.0f} s of video: {report['clips']} clips of {frames} frames{shards}")
     print('motion bucket  ' + '  '.join(f'{32*i}+: {n}' for i,n in enumerate(report['motion'])))
     print('contrast       ' + '  '.join(f'{8*i}+: {n}' for i,n in enumerate(report['contrast'])))
     for k,said in (('breaks','films broken at'), ('repeats','repeats'), ('dropped','dropped'), ('passed','passed over')):
-        if any(report[k].values()): print(f"{said}: " + ', '.join(f'{n} × {o}' for o,n in report[k].items() if n))
+        counts = ', '.join(f'{n} × {o}' for o,n in report[k].items() if n)
+        if counts: print(f'{said}: {counts}')
     for o in report['refused']: print(f"  not used: {o['file']}: {o['reason']}")
 
 # %% ../nbs/11_cli.ipynb #c4dff60a
@@ -86,7 +92,7 @@ def _vae(args):
 def _data(args):
     "What `--data` names, or None for the built-in digits"
     if not args.data: return None
-    from sfv_lite.shards import shard_batches
+    from sfv_lite.stream import shard_batches
     return shard_batches(args.data)
 
 def _pretrain(args):

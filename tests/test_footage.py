@@ -6,7 +6,8 @@ from conftest import files, python, sfv
 from sfv_lite.cli import main
 from sfv_lite.films import Became, Cutting, Film, clips_of
 from sfv_lite.footage import Decoder, Seen, Worth, decoded, find_films, measured, motion_score
-from sfv_lite.shards import load_manifest, open_shards, prepare
+from sfv_lite.shards import prepare
+from sfv_lite.stream import load_manifest, open_shards
 from sfv_lite.video import moving_digits, save_clip, save_frames
 
 SPEC = Cutting(8, 7, 32, 32)

@@ -72,6 +72,7 @@ def test_flops_are_those_of_a_real_step(base):
     assert flops_of(dataclasses.replace(r, batch=6), network_sizes(base))==6*(at(0)+3*at(1))/4
 
 
+@pytest.mark.slow
 def test_memory_is_planned_alike_where_there_is_a_gpu(base):
     "Fake tensors lie on the CPU and so must autocast's, whatever accelerate found; what accelerate knows of a run in the same process is left as it was"
     r,state = recipe(batch=1, precision='bf16'),PartialState()

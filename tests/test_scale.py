@@ -41,6 +41,7 @@ SCRIPT = '''if 1:
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['whole','lora'])
 def test_two_processes_are_one(way, tmp_path):
     """Twenty steps with R1, a head start, accumulation and SM3 (with LoRA: six, AdamW, and blocks computed twice): every tensor of G, of the heads and

@@ -6,7 +6,8 @@ from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite.cli import main
 from sfv_lite.films import Became, Cutting, clips_of
 from sfv_lite.footage import decoded, find_films
-from sfv_lite.shards import load_manifest, locked, open_shards, prepare, shard_batches
+from sfv_lite.shards import locked, prepare
+from sfv_lite.stream import load_manifest, open_shards, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import load_clip, moving_digits, save_clip, to_uint8
 
@@ -210,6 +211,7 @@ def test_deals_without_overlap(shards):
     assert len(dealt)==len(set(dealt))==18
 
 
+@pytest.mark.slow
 def test_prepare_distil_sample(good, base, picture, tmp_path):
     "The way from videos to a clip, by the command line alone"
     for argv in (['prepare', good, '-o', tmp_path/'shards', '--base', base],

@@ -199,6 +199,7 @@ def test_pretraining_resumes_too(base, tmp_path, monkeypatch):
     assert old.keys()==new.keys() and [k for k in old if not torch.equal(old[k],new[k])]==[]
 
 
+@pytest.mark.slow
 def test_ctrl_c_from_outside(base, tmp_path):
     """SIGINT to a running `sfv-lite distil`: the step is finished, the state saved whole, one line says how to go on, no half pipeline
     lies about; `--resume` finishes the run"""
@@ -238,6 +239,7 @@ def test_a_run_is_not_overwritten(whole_run, base, capsys):
     assert 'base = ' in capsys.readouterr().err and files(whole_run)==before
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_run(base, tmp_path):
     """Two gloo processes: one log, one state, one pipeline, and the weights of both are the same at the end (the state that rank 0 wrote
     is the one a run of one process would go on from)"""
@@ -261,6 +263,7 @@ def test_two_processes_share_a_run(base, tmp_path):
     load_pipeline(out)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_interrupted(base, tmp_path):
     """SIGTERM, as schedulers send it, to one process of two and in the middle of a step: both end the same step, and the state is whole.
     (Did each decide for itself, the other would wait in the next step for ever.)"""
