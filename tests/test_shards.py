@@ -261,3 +261,12 @@ def test_shards_that_do_not_fit(wrong, shards, base, tmp_path, capsys):
     said = capsys.readouterr().err
     assert cause in said, said
     assert not (tmp_path/'run').exists()
+
+
+def test_a_shard_of_more_than_two_gigabytes(tmp_path):
+    "2,100 clips of a megabyte each, as `--shard 4096` makes them at SVD's size: written and read again, some at a time"
+    from sfv_lite.shards import _write_shard
+    from sfv_lite.stream import rows_of
+    rows = [dict(latents=bytes(2**20), start=float(k)) for k in range(2100)]
+    _write_shard(tmp_path, 'shard-00000', rows, dict(rows=len(rows)))
+    assert [o['start'] for o in rows_of([tmp_path/'shard-00000.parquet'])]==list(range(2100))
