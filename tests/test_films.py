@@ -1,5 +1,5 @@
 "Files as they are found: each a small film made here, and what FFmpeg's own program shows of the same file"
-import dataclasses, json, os, struct, subprocess, sys
+import dataclasses, json, math, os, struct, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
 import av, numpy as np, pytest, torch
@@ -65,6 +65,18 @@ def test_times_that_run_backwards(tmp_path):
     found,became = clips(tmp_path/'both.ts')
     apart = [o for n in 'ab' for o in clips(tmp_path/f'{n}.ts')[0]]
     assert len(found)>=3 and all(min(np.abs(o.astype(int)-p).mean() for p in apart)<8 for o in found) and became.gaps+became.cuts>=1, became
+
+
+@pytest.mark.parametrize('kind,codec', [('ts','mpeg2video'), ('mpg','mpeg2video'), ('flv','flv1'), ('avi','mpeg4'), ('mp4','libx264'), ('webm','libvpx')])
+def test_a_part_begins_where_it_should(kind, codec, tmp_path):
+    "As what is kept of the whole film; also near its end and where the container has no index, so that a reader may land behind the beginning"
+    path = write(tmp_path/f'a.{kind}', digits(25).repeat(2, 0), 25, codec, g='12')
+    read = lambda o: [(t,frame.to_ndarray(format='rgb24')) for t,frame,_ in film_frames(o)]
+    every,off = read(Film(path)),1 if kind=='mpg' else 0 # pictures: few of an .mpg carry a time, and FFmpeg's guess is half a picture off behind a jump
+    for start,end in ((.1,.5), (1.3,math.inf), (10.2,11.1), (every[-1][0],math.inf)):
+        part,wanted = read(Film(path, start, end)),[k for k,o in enumerate(every) if start-.001<=o[0]<end-.001]
+        fits = lambda k: all((a[1]==b[1]).all() for a,b in zip(part, every[k:]))
+        assert 0<len(part) and abs(len(part)-len(wanted))<=off and any(fits(wanted[0]+k) for k in range(-off,off+1)), start
 
 
 @pytest.mark.parametrize('rate,asked,enough', [(4,7,False), (1,7,False), (6,7,False), (7,7,True), (6.9,7,True), (30,29.97,True), (29.97,30,True), (60,7,True)])
@@ -236,6 +248,8 @@ def test_names_are_not_addresses(tmp_path, monkeypatch):
         (tmp_path/name).write_text(text)
         assert clips(tmp_path/name)[1].reason.startswith('not a readable video'), name
     assert clips('concat:secret.mp4')[1].reason=='no such file'
+    os.mkfifo(tmp_path/'pipe.mp4')
+    for name in ('/dev/zero','pipe.mp4','.'): assert clips(name)[1].reason=='not a file'
 
 
 def test_a_picture_too_large(tmp_path):
@@ -264,4 +278,5 @@ def test_the_same_bytes_on_any_number_of_threads(tmp_path):
 
 
 def test_names_that_are_not_text():
+    assert printable(Path('a\0\n\x1b[31m 日.mp4'))=='a\\x00\\n\\x1b[31m 日.mp4'
     assert printable(Path(os.fsdecode(b'/a/\xff.mp4')))=='/a/\\xff.mp4' and str(Film(Path('a.mp4'), 1.5))=='a.mp4 from 1.5 s'

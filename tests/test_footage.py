@@ -91,6 +91,15 @@ def test_numbered_pictures_beside_films(folder, base, tmp_path, capsys):
     assert '24 numbered pictures and no film; --picture-fps' in capsys.readouterr().err
 
 
+def test_numbers_of_any_length(tmp_path):
+    "A time in nanoseconds, or what nobody would count: one lost picture breaks the film, and no more"
+    x = torch.cat([there_and_back(4)]*2)
+    save_frames(x, tmp_path/'walk')
+    for k,o in enumerate(sorted((tmp_path/'walk').iterdir())): o.rename(o.with_name(f'p{k}.png' if k<31 else f"p{k}{'9'*200}.png"))
+    *found,became = clips_of(Film(tmp_path/'walk'/'p*.png', rate=7), SPEC)
+    assert len(found)==3 and became.gaps==1 and not became.reason, became
+
+
 # names --------------------------------------------------------------------------------------------
 
 def test_names_of_all_kinds(folder, base, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, files, python
 
 NOTEBOOKS = sorted(str(o.relative_to(ROOT)) for o in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(ROOT).parts))
-SLOW = {f'nbs/{o}.ipynb' for o in ('02_svd','03_sampling','04_heads','08b_plan','09_evaluate','12_widgets','tutorials/full_svd','tutorials/own_videos')} # half a minute and more
+SLOW = {f'nbs/{o}.ipynb' for o in ('02_svd','03_sampling','04_heads','05_objective','06d_shards','08_train','08b_plan','09_evaluate','10_baselines','12_widgets','tutorials/full_svd','tutorials/own_videos')} # half a minute and more
 LIMIT = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['nbdev'].get('cell_timeout', 600) # seconds; nbdev-test itself holds each cell to it
 
 
