@@ -1,4 +1,5 @@
-"A module's API page, read from its source without importing it: signatures, docstrings, and docments (comments beside arguments) as tables"
+"""A module's API page, read from its source without importing it: signatures, docstrings, and docments (comments beside
+arguments) as tables"""
 import ast, copy, io, re, tokenize
 from pages import ROOT, defined, title
 
@@ -7,7 +8,8 @@ FUNCTIONS = ast.FunctionDef,ast.AsyncFunctionDef
 
 def comments(code):
     "Line → the comment at its end"
-    return {o.start[0]: o.string.lstrip('# ') for o in tokenize.generate_tokens(io.StringIO(code).readline) if o.type==tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return {o.start[0]: o.string.lstrip('# ') for o in tokens if o.type==tokenize.COMMENT}
 
 
 def arguments(f):
@@ -16,7 +18,8 @@ def arguments(f):
     plain = a.posonlyargs+a.args
     named = [('',o) for o in plain] + [('*',a.vararg)] + [('',o) for o in a.kwonlyargs] + [('**',a.kwarg)]
     defaults = [None]*(len(plain)-len(a.defaults)) + a.defaults + [None] + a.kw_defaults + [None]
-    return [(star+o.arg, o.annotation, d, (d or o).end_lineno) for (star,o),d in zip(named, defaults) if o and o.arg not in ('self','cls')]
+    told = [(star,o,d) for (star,o),d in zip(named, defaults) if o and o.arg not in ('self','cls')]
+    return [(star+o.arg, o.annotation, d, (d or o).end_lineno) for star,o,d in told]
 
 
 def fields(body):
@@ -33,7 +36,8 @@ def signature(f):
 
 
 def returned(f, says):
-    "Annotation and comment of what is returned: beside the annotation, or beside the bracket that ends a signature of several lines"
+    """Annotation and comment of what is returned: beside the annotation, or beside the bracket that ends a signature of
+    several lines"""
     if f.returns: return None if ast.unparse(f.returns)=='None' else (f.returns, says.get(f.returns.end_lineno))
     last,closed = max([f.lineno]+[o[3] for o in arguments(f)]),f.body[0].lineno-1
     return (None,says[closed]) if closed>last and closed in says else None
@@ -42,12 +46,14 @@ def returned(f, says):
 def table(rows, says, returns=None):
     "Arguments as a table, what is returned as its last row; without the columns in which nothing stands"
     code = lambda o: o and f'`{ast.unparse(o)}`'
-    rows = [(f"**{name.replace('*', chr(92)+'*')}**", code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
+    escaped = lambda name: name.replace('*', r'\*')
+    rows = [(f'**{escaped(name)}**', code(kind), code(default), says.get(line)) for name,kind,default,line in rows]
     if returns: rows.append(('*returns*', code(returns[0]), '', returns[1]))
     columns = [o for o in zip(('name','type','default','meaning'), *rows) if any(o[1:])]
     if len(columns)<2: return ''
     head,*rows = zip(*columns)
-    return '\n'.join('| '+' | '.join((o or '').replace('|', r'\|') for o in row)+' |' for row in (head, ['---']*len(head), *rows))
+    lines = [[(o or '').replace('|', r'\|') for o in row] for row in (head, ['---']*len(head), *rows)]
+    return '\n'.join('| '+' | '.join(o)+' |' for o in lines)
 
 
 def settings():
@@ -63,20 +69,22 @@ def settings():
 
 
 def recipe_table(rows):
-    "The fields of a recipe: value and comment of settings.ini, and what each may be; keys that share a comment stand together"
-    known,lines,above = settings(),[],None
+    "The fields of a recipe: value and comment of settings.ini, and what each may be; keys of one comment together"
+    known,above = settings(),None
+    lines = [('key','in settings.ini','may be','meaning'), ('---',)*4]
     for name,kind,limits,_ in rows:
         if name not in known: continue
         value,comment = known[name]
         may_be = [f'`{ast.unparse(o)}`' for o in (kind,limits) if o and ast.unparse(o)!='field()']
         lines.append((f'**{name}**', f'`{value}`', ' '.join(may_be), '″' if comment==above else comment))
         above = comment
-    return '\n'.join('| '+' | '.join(row)+' |' for row in [('key','in settings.ini','may be','meaning'), ('---',)*4, *lines])
+    return '\n'.join('| '+' | '.join(o)+' |' for o in lines)
 
 
 def entry(kind, head, *blocks, option='', fence=':::'):
     "A directive of Sphinx's Python domain"
-    return '\n'.join([f'{fence}{{py:{kind}}} {head}', *([f':{option}:'] if option else []), '', *(f'{o}\n' for o in blocks if o), fence])
+    options = [f':{option}:'] if option else []
+    return '\n'.join([f'{fence}{{py:{kind}}} {head}', *options, '', *(f'{o}\n' for o in blocks if o), fence])
 
 
 def function(f, says, *blocks, kind='function'):
@@ -99,8 +107,9 @@ def class_(c, says, classes, *blocks):
     init,rows = methods.get('__init__'),fields(body)
     bases = ', '.join(f'`{ast.unparse(o)}`' for o in c.bases if ast.unparse(o)[0]!='_')
     listed = recipe_table(rows) if c.name=='Recipe' else table(rows or (init and arguments(init)) or [], says)
-    return entry('class', c.name+(signature(init) if init else ''), ast.get_docstring(c), bases and f'A {bases}.', listed,
-        *blocks, *(function(o, says, kind='method') for k,o in methods.items() if k[0]!='_'), fence='::::')
+    public = [function(o, says, kind='method') for k,o in methods.items() if k[0]!='_']
+    return entry('class', c.name+(signature(init) if init else ''), ast.get_docstring(c), bases and f'A {bases}.',
+        listed, *blocks, *public, fence='::::')
 
 
 def constant(name, o, says, *blocks):
@@ -120,5 +129,9 @@ def module_page(module, name, nb, derived):
         o,link = found[k],f"{{.derived}}\nDerived in [](#{derived[module,k]})"
         if k in classes: entries.append(class_(o, says, classes, link))
         else: entries.append(function(o, says, link) if isinstance(o,FUNCTIONS) else constant(k, o, says, link))
-    return '\n\n'.join([f'# sfv_lite.{module}', f'{{.lead}}\n{ast.get_docstring(tree)}', f"{{.links}}\nExported from [{title(nb)}](/{name}.ipynb)",
-        f':::{{py:module}} sfv_lite.{module}\n:::', *entries])+'\n'
+    return '\n\n'.join([
+        f'# sfv_lite.{module}',
+        f'{{.lead}}\n{ast.get_docstring(tree)}',
+        f'{{.links}}\nExported from [{title(nb)}](/{name}.ipynb)',
+        f':::{{py:module}} sfv_lite.{module}\n:::',
+        *entries])+'\n'

@@ -13,7 +13,8 @@ ORPHAN = '---\norphan: true\n---\n\n' # a page outside the navigation
 
 def notebooks(folder=''):
     "Name below nbs/ → notebook, for every notebook of a folder, in order"
-    return {o.relative_to(NBS).with_suffix('').as_posix(): json.loads(o.read_text(encoding='utf-8')) for o in sorted((NBS/folder).glob('*.ipynb'))}
+    found = sorted((NBS/folder).glob('*.ipynb'))
+    return {o.relative_to(NBS).with_suffix('').as_posix(): json.loads(o.read_text(encoding='utf-8')) for o in found}
 
 
 def source(cell): return ''.join(cell['source'])
@@ -26,7 +27,8 @@ def directives(cell):
     "nbdev's `#| name value` lines of a code cell as a dict, and its code without them and without housekeeping magics"
     code = source(cell)
     found = dict(re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*?)[ \t]*$', code, re.M)) if cell['cell_type']=='code' else {}
-    return found, re.sub(r'^(#\||.*#\|\s*hide_line|%(matplotlib|config|\w*load_ext|autoreload)\b).*\n?', '', code, flags=re.M).strip('\n')
+    housekeeping = r'^(#\||.*#\|\s*hide_line|%(matplotlib|config|\w*load_ext|autoreload)\b).*\n?'
+    return found, re.sub(housekeeping, '', code, flags=re.M).strip('\n')
 
 
 def module_of(nb):
@@ -36,8 +38,12 @@ def module_of(nb):
 
 def defined(code):
     "The names that exported code defines, each with the statement that does"
-    statements = [(o, getattr(o,'targets',[o])) for o in ast.parse(code).body]
-    return {getattr(n,'name',None) or n.id: o for o,targets in statements for t in targets for n in getattr(t,'elts',[t]) if hasattr(n,'name') or isinstance(n,ast.Name)}
+    found = {}
+    for statement in ast.parse(code).body:
+        for target in getattr(statement, 'targets', [statement]):
+            for o in getattr(target, 'elts', [target]):
+                if hasattr(o,'name') or isinstance(o,ast.Name): found[getattr(o,'name',None) or o.id] = statement
+    return found
 
 
 def code_cell(cell):
@@ -45,15 +51,20 @@ def code_cell(cell):
     d,code = directives(cell)
     names = defined(code) if d.keys() & {'export','exports'} else {}
     if d.keys() & {'hide','default_exp'} or d.get('include')=='false' or not code: return None,names
-    tags = {'hide-input': d.keys() & {'export','exporti'} or d.get('code-fold')=='true', 'remove-input': d.get('echo')=='false', 'remove-output': d.get('output')=='false'}
+    tags = {
+        'hide-input': d.keys() & {'export','exporti'} or d.get('code-fold')=='true',
+        'remove-input': d.get('echo')=='false',
+        'remove-output': d.get('output')=='false'}
     prompt = ': '.join(filter(None, ['Source', ', '.join(names)]))
-    return cell | dict(source=code, metadata=dict(tags=[k for k,on in tags.items() if on], mystnb=dict(code_prompt_show=prompt, code_prompt_hide=prompt))),names
+    shown = dict(code_prompt_show=prompt, code_prompt_hide=prompt)
+    return cell | dict(source=code, metadata=dict(tags=[k for k,on in tags.items() if on], mystnb=shown)),names
 
 
 def opening(text, name, module):
     "The first cell: title, subtitle, and where its API and the notebook itself are"
     if name=='index': return re.sub(r'\A(# .*\n)\s*> ', r'\1\n{.lead}\n', text)
-    links = (f"[`sfv_lite.{module}`](/api/{module}.md) · " if module else '') + f"{{download}}`download the notebook </notebooks/{name}.ipynb>`"
+    links = f"{{download}}`download the notebook </notebooks/{name}.ipynb>`"
+    if module: links = f"[`sfv_lite.{module}`](/api/{module}.md) · {links}"
     return re.sub(r'\A(# .*\n)\s*> (.*)', lambda m: f"{m[1]}\n{{.lead}}\n{m[2]}\n\n{{.links}}\n{links}", text)
 
 
@@ -70,7 +81,8 @@ def slug(anchor):
 
 
 class Site:
-    "A folder of pages under way. `derived` holds for (module, name) the label of the section where it is derived, `broken` what links lack"
+    """A folder of pages under way. `derived` holds for (module, name) the label of the section where it is derived,
+    `broken` what links lack"""
     def __init__(self, folder): self.folder,self.derived,self.broken = Path(folder),{},[]
 
     def write(self, path, content):
@@ -79,7 +91,8 @@ class Site:
         file.write_bytes(content if isinstance(content,bytes) else content.encode())
 
     def fetch(self, path, here):
-        "Where on the site a file of the repository is that `here` links to: pictures come along, files that are not notebooks become pages"
+        """Where on the site a file of the repository is that `here` links to: pictures come along, files that are not
+        notebooks become pages"""
         name = normpath((here.parent/path).as_posix())
         file,page = ROOT/name,f'files/{name}'+('' if name.endswith(PICTURES) else '.md')
         if name.startswith('..') or not file.exists(): self.broken.append(f"{here}: its link to {path} leads nowhere")
@@ -97,7 +110,8 @@ class Site:
             if re.match(r'[a-z]+:|/', path): return m[0]
             return m[1] + (path and self.fetch(unquote(path), here)) + (anchor and '#'+slug(anchor)) + m[3]
         parts = re.split(r'(^```.*?^```$)', text, flags=re.S|re.M)
-        for pattern in (r'(\]\()([^)\s]+)(\))', r'((?:src|href)=")([^"]+)(")'): parts[::2] = [re.sub(pattern, link, o) for o in parts[::2]]
+        for pattern in (r'(\]\()([^)\s]+)(\))', r'((?:src|href)=")([^"]+)(")'):
+            parts[::2] = [re.sub(pattern, link, o) for o in parts[::2]]
         return ''.join(parts)
 
     def file_page(self, path):
@@ -105,7 +119,8 @@ class Site:
         file = ROOT/path
         if file.suffix=='.md': return ORPHAN+self.relinked(file.read_text(encoding='utf-8'), path)
         code = lambda o: f"````{LANGUAGES.get(o.suffix,'text')}\n{o.read_text(encoding='utf-8')}\n````"
-        parts = [f'## {o.name}\n\n{code(o)}' for o in sorted(file.iterdir()) if o.is_file()] if file.is_dir() else [code(file)]
+        if file.is_dir(): parts = [f'## {o.name}\n\n{code(o)}' for o in sorted(file.iterdir()) if o.is_file()]
+        else: parts = [code(file)]
         return ORPHAN + '\n\n'.join([f'# {path}', *parts])
 
     def notebook(self, name, nb, after=''):

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['N_FRAMES', 'CANVAS', 'DIGIT', 'ROOM', 'SPEED', 'to_uint8', 'tile', 'show_clips', 'handwritten_digits', 'bounce',
            'tents', 'draw', 'random_velocity', 'Truth', 'moving_digits', 'centres', 'motion_speed', 'labelled', 'shown',
-           'contact_sheet', 'save_clip', 'save_frames', 'load_clip', 'load_image']
+           'contact_sheet']
 
 # %% ../nbs/00_video.ipynb #f0534b28
-import functools, os, shutil
+import functools
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 import numpy as np, torch
 from einops import rearrange, repeat
 from torch import Tensor
@@ -48,15 +47,16 @@ def _gif(frames:np.ndarray, # uint8 `(t h w 3)`
 
 # %% ../nbs/00_video.ipynb #26a20db8
 def show_clips(
-    x:Tensor,    # `(b t c h w)` or `(t c h w)` in [-1, 1]
-    cols:int=8,  # clips a row
-    scale:int=3, # each pixel becomes `scale` × `scale`
-    fps:float=7  # frames a second
-):               # an IPython image that moves
+    x:Tensor|dict,# `(b t c h w)` or `(t c h w)` in [-1, 1]; or name → clips `(b t c h w)`, a line each
+    cols:int=8,   # clips a row, of clips without names
+    scale:int=3,  # each pixel becomes `scale` × `scale`
+    fps:float=7,  # frames a second
+    heads=()      # of clips with names: a word for each column
+):                # an IPython image that moves
     "Show clips side by side, moving, in Jupyter"
     from IPython.display import Image
     buffer = BytesIO()
-    wall = tile(x if x.ndim==5 else x[None], cols, scale)
+    wall = labelled(x, scale, heads) if isinstance(x, dict) else tile(x if x.ndim==5 else x[None], cols, scale)
     _gif(to_uint8(rearrange(wall, 't c h w -> t h w c')), buffer, fps)
     return Image(data=buffer.getvalue(), format='gif')
 
@@ -161,20 +161,37 @@ def motion_speed(
     return centres(x).diff(dim=1).norm(dim=-1).mean(1)
 
 # %% ../nbs/00_video.ipynb #8cebd670
+@functools.cache
+def _font():
+    "DejaVu, which comes with matplotlib and has the Greek letters"
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+    return ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf', 13)
+
+def _sign(
+    height:int,
+    width:int,
+    words:list[tuple[float,str,str]] # how far from the left, Pillow's anchor, and what is written there
+)->Tensor:                           # `(3 height width)` in [-1, 1]
+    "Black words in a white field"
+    from PIL import Image, ImageDraw
+    field = Image.new('RGB', (width,height), 'white')
+    for x,anchor,word in words: ImageDraw.Draw(field).text((x,height//2), word, 'black', _font(), anchor)
+    return torch.from_numpy(np.array(field)).permute(2,0,1)/127.5-1
+
 def labelled(
-    rows:dict[str,Tensor], # name → clips `(b t c h w)` in [-1, 1]
-    scale:int=3 # each pixel becomes `scale` × `scale`
-)->Tensor:              # one clip `(t c H W)`
-    "Clips side by side, a line a name, the names written on the left"
-    from PIL import Image, ImageDraw, ImageFont
+    rows:dict[str,Tensor], # name → clips `(b t c h w)` in [-1, 1]; equally many in each line
+    scale:int=3, # each pixel becomes `scale` × `scale`
+    heads=()     # a word for each column
+)->Tensor:       # one clip `(t c H W)`
+    "Clips side by side, a line a name; names on the left, above them the frame's number and the columns' heads"
     walls = [tile(x, cols=len(x), scale=scale) for x in rows.values()]
-    height,font,signs = walls[0].shape[-2],ImageFont.load_default(15),[]
-    width = round(max(font.getlength(o) for o in rows))+16
-    for name in rows:
-        sign = Image.new('RGB', (width,height), 'white')
-        ImageDraw.Draw(sign).text((8,height//2), name, fill='black', font=font, anchor='lm')
-        signs.append(torch.from_numpy(np.array(sign)).permute(2,0,1)/127.5-1)
-    return torch.cat([torch.cat([s.expand(len(w),-1,-1,-1), w], -1) for s,w in zip(signs,walls)], -2)
+    t,_,h,w = walls[0].shape
+    left = round(max(map(_font().getlength, (*rows,'frame 88'))))+16
+    lines = [torch.cat([_sign(h, left, [(8,'lm',name)]).expand(t,-1,-1,-1), wall], -1) for name,wall in zip(rows,walls)]
+    words = [(left+(k+.5)*w/len(heads), 'mm', word) for k,word in enumerate(heads)]
+    top = torch.stack([_sign(22, left+w, [(8,'lm',f'frame {k+1}'),*words]) for k in range(t)])
+    return torch.cat([top,*lines], -2)
 
 # %% ../nbs/00_video.ipynb #d56ab995
 def shown(fig):
@@ -205,92 +222,3 @@ def contact_sheet(
         ax.set_xticks([])
         ax.tick_params(length=0)
     return shown(fig)
-
-# %% ../nbs/00_video.ipynb #7c1ec5b3
-def _video(frames:np.ndarray, # uint8 `(t h w 3)`
-    path:Path, fps:float, codec:str):
-    "Write a video file through PyAV; odd sizes lose their last row or column, as 4:2:0 colour needs even ones"
-    import av
-    from fractions import Fraction
-    t,h,w,_ = frames.shape
-    with av.open(str(path), 'w') as out:
-        stream = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=dict(crf='12'))
-        stream.width,stream.height,stream.pix_fmt = w-w%2,h-h%2,'yuv420p'
-        for o in frames[:,:h-h%2,:w-w%2]: out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(o), format='rgb24')))
-        out.mux(stream.encode())
-
-# %% ../nbs/00_video.ipynb #b88d1c22
-def save_clip(
-    x:Tensor,    # `(t 3 h w)` in [-1, 1]
-    path:str|Path,# `.gif`, `.mp4` (H.264) or `.webm` (VP9)
-    fps:float=7  # frames a second
-)->Path:         # the file written
-    "Write one clip; the file appears whole or not at all"
-    path = Path(path)
-    writers = {'.gif':_gif, '.mp4':functools.partial(_video, codec='libx264'), '.webm':functools.partial(_video, codec='libvpx-vp9')}
-    if path.suffix.lower() not in writers: raise ValueError(f"{path}: cannot write '{path.suffix}' files; use one of {', '.join(writers)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.stem}.part{path.suffix}')
-    try:
-        writers[path.suffix.lower()](to_uint8(rearrange(x, 't c h w -> t h w c')), part, fps)
-        os.replace(part, path)
-    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from e
-    finally: part.unlink(missing_ok=True)
-    return path
-
-# %% ../nbs/00_video.ipynb #08e1e09e
-def save_frames(
-    x:Tensor,     # `(t 3 h w)` in [-1, 1]
-    folder:str|Path # of `000.png`, `001.png` …; must not exist
-)->Path:          # the folder
-    "Write a clip frame by frame; the folder appears whole or not at all"
-    from PIL import Image
-    folder = Path(folder)
-    if folder.exists(): raise FileExistsError(f"{folder}: exists; frames go into a new folder")
-    part = folder.with_name(f'.{folder.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        for i,frame in enumerate(to_uint8(rearrange(x, 't c h w -> t h w c'))): Image.fromarray(frame).save(part/f'{i:03}.png')
-        os.replace(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-# %% ../nbs/00_video.ipynb #610859e1
-def load_clip(
-    path:str|Path # any video file PyAV can decode, GIF included
-)->Tensor:        # `(t 3 h w)` in [-1, 1]
-    "Read every frame of a clip"
-    import av
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with av.open(str(path)) as file: frames = [o.to_ndarray(format='rgb24') for o in file.decode(video=0)]
-    except (av.error.FFmpegError,IndexError) as e: raise ValueError(f"{path}: not a readable video ({e})") from e
-    if not frames: raise ValueError(f"{path}: holds no frames")
-    return rearrange(torch.from_numpy(np.stack(frames)), 't h w c -> t c h w')/127.5 - 1
-
-# %% ../nbs/00_video.ipynb #4fe9ca75
-def _rgb(image):
-    "Any mode of Pillow's to RGB: 16-bit grey is scaled, what is see-through lies on white"
-    from PIL import Image
-    if image.mode[0] in 'IF':
-        v = np.asarray(image)
-        if v.dtype.kind=='f' or v.min()<0 or v.max()>65535: raise ValueError(f"its pixels go from {v.min():g} to {v.max():g}; save it with 8 or 16 bits")
-        image = Image.fromarray((v/257).round().astype(np.uint8))
-    image = image.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-
-# %% ../nbs/00_video.ipynb #ffd83b39
-def load_image(
-    path:str|Path, # any picture that Pillow opens
-    size:tuple[int,int]|None=None # height and width to fill, aspect kept; what sticks out is cut off evenly. None: as it is
-)->Tensor:         # `(3 h w)` in [-1, 1]
-    "Read a picture, whatever its file holds: grey, palette, transparent, 16 bits, turned, or moving (then its first frame)"
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with Image.open(path) as file: image = _rgb(ImageOps.exif_transpose(file))
-    except UnidentifiedImageError: raise ValueError(f"{path}: not a readable picture (no format that Pillow knows)") from None
-    except Exception as e: raise ValueError(f"{path}: not a readable picture ({e})") from e
-    if size: image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-    return rearrange(torch.from_numpy(np.array(image)), 'h w c -> c h w')/127.5 - 1

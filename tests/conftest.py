@@ -9,8 +9,9 @@ import pytest, torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
-TINY = dict(clips=32, batch=4, teacher_batch=4, steps=6, teacher_steps=6, head_start=0, warmup=0, teacher_warmup=0, schedule='constant',
-    accumulation=1, log_every=1, save_every=1000, sample_every=1000, precision='no', tracker='none', T_g=4, lam=.1)
+TINY = dict(clips=32, batch=4, teacher_batch=4, steps=6, teacher_steps=6, head_start=0, warmup=0, teacher_warmup=0,
+    schedule='constant', accumulation=1, log_every=1, save_every=1000, sample_every=1000, precision='no',
+    tracker='none', T_g=4, lam=.1)
 
 
 def pytest_addoption(parser):
@@ -24,7 +25,8 @@ def pytest_configure(config):
 
 def python(*args, cwd=None, env={}, timeout=300):
     "Run Python in a process of its own"
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout)
+    argv = [sys.executable, *map(str, args)]
+    return subprocess.run(argv, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout)
 
 
 def sfv(*args, **kwargs):
@@ -65,7 +67,8 @@ def pipe():
 @pytest.fixture(scope='session')
 def base(tmp_path_factory):
     "The folder of such a pipeline"
-    from sfv_lite.svd import digits_pipeline, save_pipeline
+    from sfv_lite.pipelines import save_pipeline
+    from sfv_lite.svd import digits_pipeline
     return save_pipeline(digits_pipeline(4), tmp_path_factory.mktemp('base')/'base')
 
 

@@ -2,12 +2,14 @@
 import csv, importlib.util, json, math
 import pytest, torch
 from conftest import files, recipe
-from sfv_lite import baselines, evaluate as ev
+from sfv_lite import baselines, evaluate as ev, judge
 from sfv_lite.cli import main
+from sfv_lite.files import load_clip, load_image, save_clip
+from sfv_lite.pipelines import load_pipeline
 from sfv_lite.sampling import sample_once
-from sfv_lite.svd import Denoiser, condition, decode, load_pipeline
+from sfv_lite.svd import Denoiser, condition, decode
 from sfv_lite.train import distil, digit_clips
-from sfv_lite.video import load_clip, load_image, moving_digits, save_clip
+from sfv_lite.video import moving_digits
 
 
 @pytest.fixture(scope='module')
@@ -22,37 +24,45 @@ def test_evaluate_leaves_a_table(table, base):
     "Markdown, CSV, JSON, a figure and moving clips, all with one line a way"
     ways = ['digits@1','digits-teacher@1',f'{base}@2r']
     result = json.loads((table/'table.json').read_text())
-    assert result['clips']==64 and [o['clips by'] for o in result['rows']]==ways and [o['evaluations'] for o in result['rows']]==[1,1,2]
+    rows = result['rows']
+    assert result['clips']==64 and [o['clips by'] for o in rows]==ways and [o['evaluations'] for o in rows]==[1,1,2]
     assert [o['clips by'] for o in csv.DictReader((table/'table.csv').open(newline=''))]==ways
     assert all(f'| {o} ' in (table/'table.md').read_text() for o in ways)
     assert load_image(table/'excess.png').shape[0]==3 and len(load_clip(table/'clips.gif'))==8
-    for o in result['rows']: assert all(math.isfinite(v) for v in o.values() if isinstance(v,float)) and o['interval']>0 and o['seconds']>0
+    for o in rows:
+        assert all(math.isfinite(v) for v in o.values() if isinstance(v,float))
+        assert o['interval']>0 and o['seconds']>0
 
 
 def test_the_student_is_nearer_than_its_teacher_in_one_step(table):
-    "The shipped student's excess is at most a quarter of the teacher's at one step (a fifth on 512 clips, but these are few); noise from an untrained network is worse than either"
+    """The shipped student's excess is at most a quarter of the teacher's at one step (a fifth on 512 clips,
+    but these are few); noise from an untrained network is worse than either"""
     student,teacher,untrained = (o['excess'] for o in json.loads((table/'table.json').read_text())['rows'])
     assert student<teacher/4 and untrained>teacher
 
 
 def test_rows_are_made_once(table, base):
-    "A second call finds its rows; what it writes is the same to the byte; another way is added without touching those that are there"
+    """A second call finds its rows; what it writes is the same to the byte;
+    another way is added without touching those that are there"""
     before = files(table)
     assert main(['evaluate', 'digits', 'digits-teacher', f'{base}@2r', '-o', str(table), '--clips', '64'])==0
     after = files(table)
-    assert {k:v for k,v in before.items() if k.startswith('rows')}=={k:v for k,v in after.items() if k.startswith('rows')}
+    rows = lambda found: {k:v for k,v in found.items() if k.startswith('rows')}
+    assert rows(before)==rows(after)
     assert before['table.json']==after['table.json'] and before['table.csv']==after['table.csv']
 
 
 def test_fingerprint_notices(base, tmp_path):
     "Other steps, other clips, another seed: another row"
-    way = ev.Way(str(base))
-    prints = [ev.fingerprint(*o) for o in ((way,64,0), (way,64,1), (way,128,0), (ev.Way(str(base),2),64,0), (ev.Way(str(base),2,renoise=True),64,0), (ev.Way('digits'),64,0))]
+    way,two,renoised = ev.Way(str(base)),ev.Way(str(base),2),ev.Way(str(base),2,renoise=True)
+    asked = (way,64,0),(way,64,1),(way,128,0),(two,64,0),(renoised,64,0),(ev.Way('digits'),64,0)
+    prints = [ev.fingerprint(*o) for o in asked]
     assert len(set(prints))==len(prints) and ev.fingerprint(way,64,0)==prints[0]
 
 
 def test_one_step_is_asked_as_said():
-    "One step is the highest level alone; with guidance the first latent frame stays and the last is pushed away from the answer without a picture"
+    """One step is the highest level alone; with guidance the first latent frame stays and the last is pushed away from
+    the answer without a picture"""
     real,_ = moving_digits(2, 5, 'test')
     plain,guided = (ev.make_clips(ev.Way('digits-teacher',1,o), real[:,0])[0] for o in (1.,2.))
     pipe,g = load_pipeline('digits-teacher'),torch.Generator().manual_seed(0)
@@ -71,7 +81,8 @@ def test_real_clips_score_nothing():
     ends = ev.real_ends(exam.pictures, exam.seeds)
     real = exam.mark(exam.twin, ends)
     assert real['excess']==pytest.approx(0, abs=1e-9) and real['distance']==pytest.approx(real['floor'])
-    assert all(real[k]==pytest.approx(1) for k in ('speed','spread','straight','sharp','diverse')) and real['frozen']==0 and real['read']>.85
+    ratios = ('speed','spread','straight','sharp','diverse')
+    assert all(real[k]==pytest.approx(1) for k in ratios) and real['frozen']==0 and real['read']>.85
     noise = exam.mark(torch.rand(exam.twin.shape, generator=torch.Generator().manual_seed(0))*2-1, ends)
     assert noise['excess']>5*noise['interval'] and noise['read']<.3
 
@@ -107,12 +118,14 @@ def test_bad_evaluations(argv, words, tmp_path, monkeypatch, capsys):
 
 
 def test_judge_from_nothing(tmp_path, capsys):
-    "The verb trains a judge, writes it and says its marks; a file that is none is refused with the command that makes one"
-    assert main(['judge', '-o', str(tmp_path/'new/judge.safetensors'), '--steps', '2'])==0
-    assert 'kind' in capsys.readouterr().out and isinstance(ev.load_judge(tmp_path/'new/judge.safetensors'), ev.Judge)
+    """The verb trains a judge, writes it and says its marks;
+    a file that is none is refused with the command that makes one"""
+    path = tmp_path/'new/judge.safetensors'
+    assert main(['judge', '-o', str(path), '--steps', '2'])==0
+    assert 'kind' in capsys.readouterr().out and isinstance(judge.load_judge(path), judge.Judge)
     (tmp_path/'odd.safetensors').write_bytes(b'odd')
-    with pytest.raises(ValueError, match='sfv-lite judge'): ev.load_judge(tmp_path/'odd.safetensors')
-    with pytest.raises(FileNotFoundError, match='sfv-lite judge'): ev.load_judge(tmp_path/'none.safetensors')
+    with pytest.raises(ValueError, match='sfv-lite judge'): judge.load_judge(tmp_path/'odd.safetensors')
+    with pytest.raises(FileNotFoundError, match='sfv-lite judge'): judge.load_judge(tmp_path/'none.safetensors')
 
 
 def test_consistency_resumes_to_the_bit(base, tmp_path):
@@ -125,7 +138,8 @@ def test_consistency_resumes_to_the_bit(base, tmp_path):
             yield o
     r = recipe(steps=4, save_every=2)
     with pytest.raises(Stop): baselines.consistency(r, tmp_path/'a', base, data=broken)
-    with pytest.raises(ValueError, match='guidance'): baselines.consistency(r, tmp_path/'a', base, guidance=2., resume=True)
+    with pytest.raises(ValueError, match='guidance'):
+        baselines.consistency(r, tmp_path/'a', base, guidance=2., resume=True)
     a,b = baselines.consistency(r, tmp_path/'a', base, resume=True),baselines.consistency(r, tmp_path/'b', base)
     name = 'unet/diffusion_pytorch_model.safetensors'
     assert (a/name).read_bytes()==(b/name).read_bytes()!=(base/name).read_bytes()
@@ -144,17 +158,20 @@ def test_ladd_trains_on_the_teachers_clips(base, tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec('cdfvd'), reason="needs the extra fvd")
 def test_fvd_of_two_folders(tmp_path):
-    "The literature's FVD by cd-fvd (with random I3D weights): nothing between equal folders, much to noise; everything it depends on is said"
+    """The literature's FVD by cd-fvd (with random I3D weights):
+    nothing between equal folders, much to noise; everything it depends on is said"""
     from cdfvd.third_party.i3d.pytorch_i3d import InceptionI3d
     torch.manual_seed(0)
     torch.save(InceptionI3d(400, in_channels=3).state_dict(), tmp_path/'i3d.pt')
     for name in ('a','b'):
         x = moving_digits(6, seed=1)[0] if name=='a' else torch.rand(6,8,3,32,32)*2-1
         for i,o in enumerate(x): save_clip(torch.cat([o,o.flip(0)]), tmp_path/name/f'{i}.mp4')
-    size = ['--i3d', str(tmp_path/'i3d.pt'), '--frames', '10', '--height', '64', '--width', '64', '-o', str(tmp_path/'out')]
+    size = ['--frames', '10', '--height', '64', '--width', '64']
+    ask = ['evaluate', '--i3d', str(tmp_path/'i3d.pt'), *size, '-o', str(tmp_path/'out')]
     def distance(a, b):
-        assert main(['evaluate', '--fvd', str(tmp_path/a), str(tmp_path/b), *size])==0
+        assert main([*ask, '--fvd', str(tmp_path/a), str(tmp_path/b)])==0
         return json.loads((tmp_path/'out/fvd.json').read_text())
     same,far = distance('a','a'),distance('a','b')
-    assert {k:same[k] for k in ('real','made','frames','height','width')}==dict(real=6, made=6, frames=10, height=64, width=64)
+    said = dict(real=6, made=6, frames=10, height=64, width=64)
+    assert {k:same[k] for k in said}==said
     assert abs(same['fvd'])<1e-2*far['fvd']

@@ -4,10 +4,13 @@ import pytest, torch
 from conftest import files, python, sets, sfv
 from PIL import Image
 from sfv_lite.cli import main
-from sfv_lite.svd import Denoiser, condition, decode, load_decoder, load_pipeline, save_pipeline, svd_pipeline
-from sfv_lite.video import load_clip, moving_digits, save_clip
+from sfv_lite.files import load_clip, save_clip
+from sfv_lite.pipelines import load_decoder, load_pipeline, save_pipeline
+from sfv_lite.svd import Denoiser, condition, decode, svd_pipeline
+from sfv_lite.video import moving_digits
 
-SMALL = sets(height=64, width=64, head_width=16, steps=3, batch=2, accumulation=2, save_every=2, sample_every=3, log_every=1)
+SMALL = sets(height=64, width=64, head_width=16, steps=3, batch=2, accumulation=2,
+    save_every=2, sample_every=3, log_every=1)
 
 
 @pytest.fixture(scope='module')
@@ -19,17 +22,19 @@ def desk(tmp_path_factory):
     x = moving_digits(8, seed=1)[0].flatten(0,1)
     save_clip(torch.nn.functional.interpolate(x, (64,64)), folder/'videos/one.mp4')
     Image.new('RGB', (100,80), 'red').save(folder/'picture.png')
-    done = sfv('prepare', 'videos', '-o', 'shards', '--base', 'base', '--recipe', 'svd', '--shot', 1, *sets(height=64, width=64), cwd=folder)
+    argv = ['prepare', 'videos', '-o', 'shards', '--base', 'base', '--recipe', 'svd', '--shot', 1]
+    done = sfv(*argv, *sets(height=64, width=64), cwd=folder)
     assert done.returncode==0, done.stderr
     return folder
 
 
 @pytest.mark.parametrize('recipe', ['svd','svd-lora'])
 def test_from_videos_to_a_clip(recipe, desk, tmp_path):
-    """distil on shards, stopped by its schedule after three steps; export; sample: stock layers only, no trace of the additions, and the clip is
-    what the exported UNet makes"""
+    """distil on shards, stopped by its schedule after three steps; export; sample:
+    stock layers only, no trace of the additions, and the clip is what the exported UNet makes"""
     more = sets(lora_rank=4) if recipe=='svd-lora' else []
-    done = sfv('distil', '--recipe', recipe, '--base', 'base', '--data', 'shards', '-o', tmp_path/'run', *SMALL, *more, cwd=desk)
+    argv = ['distil', '--recipe', recipe, '--base', 'base', '--data', 'shards', '-o', tmp_path/'run']
+    done = sfv(*argv, *SMALL, *more, cwd=desk)
     assert done.returncode==0, done.stderr
     state = sum(o.stat().st_size for o in (tmp_path/'run/state').glob('model.safetensors'))
     assert (state<1e6)==(recipe=='svd-lora'), "with LoRA only the additions are kept in a state"
@@ -39,55 +44,69 @@ def test_from_videos_to_a_clip(recipe, desk, tmp_path):
     moved = [k for k,v in student.unet.state_dict().items() if not torch.equal(v, base.unet.state_dict()[k])]
     assert moved and (recipe=='svd' or all(re.search('to_(q|k|v|out.0).weight', o) for o in moved))
     assert 'num_inference_steps=1' in (tmp_path/'out/README.md').read_text()
-    assert main(['sample', str(desk/'picture.png'), '--model', str(tmp_path/'out'), '-o', str(tmp_path/'clips'), '--clips', '2', '--as', 'mp4'])==0
-    assert sorted(files(tmp_path/'clips'))==['picture-0.mp4','picture-1.mp4'] and load_clip(tmp_path/'clips/picture-1.mp4').shape==(14,3,64,64)
+    argv = ['sample', str(desk/'picture.png'), '--model', str(tmp_path/'out'), '-o', str(tmp_path/'clips')]
+    assert main([*argv, '--clips', '2', '--as', 'mp4'])==0
+    assert sorted(files(tmp_path/'clips'))==['picture-0.mp4','picture-1.mp4']
+    assert load_clip(tmp_path/'clips/picture-1.mp4').shape==(14,3,64,64)
 
 
 @pytest.mark.slow
 def test_a_stopped_run_is_exported_and_resumed(desk, tmp_path):
-    "A LoRA run that was stopped resumes to the weights of one that was not; what is exported of it lies between base and end"
-    ask = lambda out, **keys: sfv('distil', '--recipe', 'svd-lora', '--base', 'base', '--data', 'shards', '-o', out, *SMALL, *sets(lora_rank=4, **keys), *(['--resume'] if (tmp_path/out).exists() else []), cwd=desk)
+    """A LoRA run that was stopped resumes to the weights of one that was not;
+    what is exported of it lies between base and end"""
+    argv = ['distil', '--recipe', 'svd-lora', '--base', 'base', *SMALL, *sets(lora_rank=4)]
+    def ask(out):
+        resume = ['--resume'] if out.exists() else []
+        return sfv(*argv, '--data', 'shards', '-o', out, *resume, cwd=desk)
     script = """if 1:
         import sys
-        from sfv_lite import train
+        from sfv_lite import sfv
         from sfv_lite.cli import main
-        real = train.one_step
+        real = sfv.one_step
         def one_step(s, batch):
             if s.step==2: raise RuntimeError('pulled the plug')
             return real(s, batch)
-        train.one_step = one_step
+        sfv.one_step = one_step
         sys.exit(main())"""
     (tmp_path/'cut.py').write_text(script)
     assert ask(tmp_path/'whole').returncode==0
-    done = python(tmp_path/'cut.py', 'distil', '--recipe', 'svd-lora', '--base', 'base', '--data', 'shards', '-o', tmp_path/'cut', *SMALL, *sets(lora_rank=4), cwd=desk)
+    done = python(tmp_path/'cut.py', *argv, '--data', 'shards', '-o', tmp_path/'cut', cwd=desk)
     assert done.returncode==1 and 'plug' in done.stderr
     assert sfv('export', tmp_path/'cut', '-o', tmp_path/'early', '--dtype', 'fp32', cwd=desk).returncode==0
-    other = sfv('distil', '--recipe', 'svd-lora', '--base', 'base', '-o', tmp_path/'cut', '--resume', *SMALL, *sets(lora_rank=4), cwd=desk)
+    other = sfv(*argv, '-o', tmp_path/'cut', '--resume', cwd=desk)
     assert other.returncode==1 and 'data = shards' in other.stderr
     done = ask(tmp_path/'cut')
     assert done.returncode==0, done.stderr
-    whole,cut,early,base = (torch.cat([p.flatten() for p in load_pipeline(o).unet.parameters()]) for o in (tmp_path/'whole',tmp_path/'cut',tmp_path/'early',desk/'base'))
+    flat = lambda folder: torch.cat([p.flatten() for p in load_pipeline(folder).unet.parameters()])
+    whole,cut,early,base = map(flat, (tmp_path/'whole',tmp_path/'cut',tmp_path/'early',desk/'base'))
     assert torch.equal(whole, cut) and not torch.equal(early, cut) and not torch.equal(early, base)
 
 
 def test_dtype_variant_decoder_and_chunks(desk, tmp_path):
-    "Files named fp16 open; half precision makes nearly the same clip; a tiny decoder takes the VAE's place; chunks of whole clips change nothing"
+    """Files named fp16 open; half precision makes nearly the same clip; a tiny decoder takes the VAE's place;
+    chunks of whole clips change nothing"""
     from diffusers import AutoencoderTiny
-    pipe = load_pipeline(desk/'base')
-    save_pipeline(pipe, tmp_path/'half', torch.float16, 'fp16')
-    assert (tmp_path/'half/unet/diffusion_pytorch_model.fp16.safetensors').is_file() and (tmp_path/'half/image_encoder/model.fp16.safetensors').is_file()
+    pipe,half = load_pipeline(desk/'base'),tmp_path/'half'
+    save_pipeline(pipe, half, torch.float16, 'fp16')
+    assert (half/'unet/diffusion_pytorch_model.fp16.safetensors').is_file()
+    assert (half/'image_encoder/model.fp16.safetensors').is_file()
     x = torch.rand(1,3,64,64, generator=torch.Generator().manual_seed(0))*2-1
     noise = torch.randn(1,14,4,8,8, generator=torch.Generator().manual_seed(1))
     from sfv_lite.sampling import sample_once
-    def clip(pipe): return sample_once(Denoiser(pipe.unet).eval(), condition(pipe, x, generator=torch.Generator().manual_seed(2)), noise)
+    def clip(pipe):
+        cond = condition(pipe, x, generator=torch.Generator().manual_seed(2))
+        return sample_once(Denoiser(pipe.unet).eval(), cond, noise)
     whole = clip(pipe)
     for dtype in (torch.float32,torch.bfloat16):
-        other = clip(load_pipeline(tmp_path/'half', dtype))
+        other = clip(load_pipeline(half, dtype))
         assert (other-whole).norm()/whole.norm()<(.01 if dtype is torch.float32 else .05)
-    assert torch.equal(decode(pipe.vae, whole, 14), decode(pipe.vae, whole)) and decode(pipe.vae, whole, 3).shape==(1,14,3,64,64)
-    AutoencoderTiny(encoder_block_out_channels=(16,16,16,16), decoder_block_out_channels=(16,16,16,16)).save_pretrained(tmp_path/'tiny')
+    assert torch.equal(decode(pipe.vae, whole, 14), decode(pipe.vae, whole))
+    assert decode(pipe.vae, whole, 3).shape==(1,14,3,64,64)
+    def tiny(*widths, **blocks):
+        return AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths, **blocks)
+    tiny(16, 16, 16, 16).save_pretrained(tmp_path/'tiny')
     assert decode(load_decoder(tmp_path/'tiny', pipe), whole, 5).shape==(1,14,3,64,64)
-    AutoencoderTiny(encoder_block_out_channels=(16,16), decoder_block_out_channels=(16,16), num_encoder_blocks=(1,1), num_decoder_blocks=(1,1)).save_pretrained(tmp_path/'other')
+    tiny(16, 16, num_encoder_blocks=(1,1), num_decoder_blocks=(1,1)).save_pretrained(tmp_path/'other')
     with pytest.raises(ValueError, match='factor 2'): load_decoder(tmp_path/'other', pipe)
 
 
@@ -95,15 +114,26 @@ def test_what_does_not_fit_is_said_in_a_line(desk, tmp_path, capsys, monkeypatch
     "Another kind of pipeline, mixed files, sizes, frames, a GPU that is not there, memory that is not there"
     monkeypatch.chdir(desk)
     import shutil
-    wrong = lambda name, file, **change: (shutil.copytree('base', tmp_path/name), (tmp_path/name/file).write_text(json.dumps(json.loads((tmp_path/name/file).read_text()) | change)))
+    def wrong(name, file, **change):
+        path = shutil.copytree('base', tmp_path/name)/file
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
     wrong('image', 'model_index.json', _class_name='StableDiffusionPipeline')
     wrong('mixed', 'scheduler/scheduler_config.json', prediction_type='epsilon')
-    cases = [(['sample','picture.png','--model',tmp_path/'image'], 'StableDiffusionPipeline'), (['sample','picture.png','--model',tmp_path/'mixed'], 'prediction_type = epsilon'),
-        (['sample','picture.png','--model','base','--height','100'], 'height = 100'), (['sample','picture.png','--model','base','--length','15'], 'frames = 15'),
-        (['sample','picture.png','--model','base','--device','cuda:99'], '--device cuda:99'), (['sample','picture.png','--model','base','--decoder','nowhere'], 'nowhere'),
-        (['sample','picture.png','--model','base','--clips','2','-o','a.gif'], 'a.gif'), (['export','nowhere','-o','x'], 'nowhere'), (['export','base','-o','videos'], 'videos: exists'),
-        (['distil','--recipe','svd','--base','digits-teacher','-o','x'], 'frames = 14'), (['distil','--recipe','svd','--base','base','-o','x',*sets(height=60)], 'height = 60'),
-        (['sample','picture.png','--model','hub:no/such'], 'hub:no/such'), (['evaluate','base','-o',tmp_path/'marks'], 'clips of 14 frames')]
+    sample = ['sample','picture.png','--model']
+    cases = [
+        ([*sample,tmp_path/'image'], 'StableDiffusionPipeline'),
+        ([*sample,tmp_path/'mixed'], 'prediction_type = epsilon'),
+        ([*sample,'base','--height','100'], 'height = 100'),
+        ([*sample,'base','--length','15'], 'frames = 15'),
+        ([*sample,'base','--device','cuda:99'], '--device cuda:99'),
+        ([*sample,'base','--decoder','nowhere'], 'nowhere'),
+        ([*sample,'base','--clips','2','-o','a.gif'], 'a.gif'),
+        (['export','nowhere','-o','x'], 'nowhere'),
+        (['export','base','-o','videos'], 'videos: exists'),
+        (['distil','--recipe','svd','--base','digits-teacher','-o','x'], 'frames = 14'),
+        (['distil','--recipe','svd','--base','base','-o','x',*sets(height=60)], 'height = 60'),
+        ([*sample,'hub:no/such'], 'hub:no/such'),
+        (['evaluate','base','-o',tmp_path/'marks'], 'clips of 14 frames')]
     before = files(desk)
     for argv,word in cases:
         assert main([str(o) for o in argv])!=0, argv
@@ -121,18 +151,22 @@ def test_what_does_not_fit_is_said_in_a_line(desk, tmp_path, capsys, monkeypatch
 @pytest.mark.slow
 @pytest.mark.huge
 def test_true_width(tmp_path):
-    """The whole of SVD with random weights: saved and opened again as the public checkpoint lies, one step of sampling and one step of LoRA
-    training at 64×64 pixels and 14 frames, below 20 GB"""
+    """The whole of SVD with random weights: saved and opened again as the public checkpoint lies,
+    one step of sampling and one step of LoRA training at 64×64 pixels and 14 frames, below 20 GB"""
     script = """if 1:
         import gc, re, sys, time, torch
         from pathlib import Path
+        from sfv_lite.loop import make_accelerator
+        from sfv_lite.pipelines import clips_of, load_pipeline, save_pipeline
         from sfv_lite.plan import random_batch, network_sizes
         from sfv_lite.recipe import Recipe
-        from sfv_lite.sampling import clips_of
-        from sfv_lite.svd import load_pipeline, save_pipeline, svd_pipeline
-        from sfv_lite.train import State, distil_step, make_accelerator
+        from sfv_lite.sfv import distil_step
+        from sfv_lite.train import make_state
+        from sfv_lite.svd import svd_pipeline
         out,start = Path(sys.argv[1]),time.time()
-        def say(what): print(f"{what}: {time.time()-start:.0f} s, highest {int(re.search(r'VmHWM:.*?([0-9]+)', open('/proc/self/status').read())[1])/2**20:.1f} GB", flush=True)
+        def say(what):
+            highest = int(re.search(r'VmHWM:.*?([0-9]+)', open('/proc/self/status').read())[1])/2**20
+            print(f"{what}: {time.time()-start:.0f} s, highest {highest:.1f} GB", flush=True)
         pipe = svd_pipeline()
         count = lambda m: sum(p.numel() for p in m.parameters())
         assert [count(o) for o in (pipe.unet,pipe.vae,pipe.image_encoder)]==[1524623082,97742847,632076800]
@@ -150,8 +184,9 @@ def test_true_width(tmp_path):
         assert clip.shape==(14,3,64,64) and clip.isfinite().all()
         say('sampled')
         r = Recipe.load('svd-lora', height=64, width=64, batch=1, accumulation=1, precision='no')
-        s = State.create(pipe, r, make_accelerator(r))
-        assert [o.inp.in_channels for o in s.D.heads.spatial]==[o.inp.in_channels for o in s.D.heads.temporal]==[320,640,1280,1280]
+        s = make_state(pipe, r, make_accelerator(r))
+        widths = lambda heads: [o.inp.in_channels for o in heads]
+        assert widths(s.D.heads.spatial)==widths(s.D.heads.temporal)==[320,640,1280,1280]
         log = distil_step(s, random_batch(network_sizes(), r, 1))
         assert s.step==1 and all(map(torch.isfinite, map(torch.tensor, log.values())))
         say('trained')"""

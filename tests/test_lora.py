@@ -2,14 +2,16 @@
 import pytest, torch
 from conftest import recipe, relative
 from sfv_lite.heads import Discriminator
+from sfv_lite.loop import make_accelerator
+from sfv_lite.sfv import distil_step, learning
+from sfv_lite.train import make_state
 from sfv_lite.svd import Batch, Condition, digits_pipeline, svd_pipeline
-from sfv_lite.train import State, distil_step, learning, make_accelerator
 
 
 def state_of(pipe, **overrides):
     "A state in float64 whose additions do something"
     r = recipe(steps=4, **overrides)
-    s = State.create(pipe.to(torch.float64), r, make_accelerator(r))
+    s = make_state(pipe.to(torch.float64), r, make_accelerator(r))
     g = torch.Generator().manual_seed(5)
     for p in learning(s.G): p.data.copy_(p.data + .05*torch.randn(p.shape, generator=g))
     s.D.double()
@@ -18,7 +20,7 @@ def state_of(pipe, **overrides):
 
 def gradients(s, batch, monkeypatch):
     "What one step would descend along"
-    monkeypatch.setattr('sfv_lite.train.descend', lambda *_: {})
+    monkeypatch.setattr('sfv_lite.sfv.descend', lambda *_: {})
     distil_step(s, batch)
     return [p.grad.clone() for p in [*learning(s.G), *s.D.heads.parameters()]]
 
@@ -35,10 +37,12 @@ def test_gradients_are_those_of_two_copies(size, monkeypatch):
     D = Discriminator(make().unet.double(), tap=tap['tap'], width=two.recipe.head_width).double()
     D.heads = two.D.heads
     two.D = D
-    for a,b in zip(gradients(shared, batch, monkeypatch), gradients(two, batch, monkeypatch), strict=True): assert relative(a,b)<1e-9
+    found,expected = (gradients(o, batch, monkeypatch) for o in (shared,two))
+    for a,b in zip(found, expected, strict=True): assert relative(a,b)<1e-9
 
 
 def random_batch(pipe, b=2):
     c,g = pipe.unet.config,torch.Generator().manual_seed(1)
     r = lambda *shape: torch.randn(*shape, generator=g).double()
-    return Batch(r(b,c.num_frames,4,8,8), Condition(r(b,4,8,8), r(b,1,c.cross_attention_dim), torch.tensor([[6.,127.,.02]]*b).double()))
+    latents,ids = r(b,c.num_frames,4,8,8),torch.tensor([[6.,127.,.02]]*b).double()
+    return Batch(latents, Condition(r(b,4,8,8), r(b,1,c.cross_attention_dim), ids))

@@ -1,14 +1,16 @@
-"Films with mistakes in them, of every kind of container: one line each, no hang, no memory without a bound, and nothing sent anywhere"
+"""Films with mistakes in them, of every kind of container: one line each, no hang, no memory without a bound,
+and nothing sent anywhere"""
 import random, resource, socket, struct, sys, time
 from collections import Counter
-from pathlib import Path
 import pytest
 from sfv_lite.films import Became, Cutting, Film
 from sfv_lite.footage import MOST_MEMORY, decoded
 from test_films import digits, write
 
 SPEC = Cutting(4, 7, 32, 32)
-KINDS = {'mp4':'libx264', 'mov':'mpeg4', 'mkv':'libx264', 'webm':'libvpx', 'avi':'mpeg4', 'flv':'flv1', 'ts':'mpeg2video', 'gif':'gif', 'mpg':'mpeg1video', 'ogv':'libtheora'}
+KINDS = {'mp4':'libx264', 'mov':'mpeg4', 'mkv':'libx264', 'webm':'libvpx', 'avi':'mpeg4', 'flv':'flv1',
+    'ts':'mpeg2video', 'gif':'gif', 'mpg':'mpeg1video', 'ogv':'libtheora'}
+LARGE = b'\xff'*4, b'\x7f\xff\xff\xff', b'\xff\xff\xff\x7f', struct.pack('>i',-1), struct.pack('<I',1<<24)
 SECONDS = 20 # a file of one second takes milliseconds; this is no time limit of a machine but of a hang
 
 
@@ -28,7 +30,8 @@ def whole(tmp_path_factory):
 
 
 def mutated(data:bytes, chance)->bytes:
-    "Bits flipped, a stretch lost, doubled, zeroed or overwritten with noise, an end missing, a number in it made large: one to eight mistakes"
+    """Bits flipped, a stretch lost, doubled, zeroed or overwritten with noise, an end missing,
+    a number in it made large: one to eight mistakes"""
     data = bytearray(data)
     for _ in range(2**chance.randrange(4)):
         if len(data)<16: break
@@ -41,7 +44,7 @@ def mutated(data:bytes, chance)->bytes:
         if what==3: data[at:at+n] = bytes(len(data[at:at+n]))
         if what==4: data[at:at+n] = chance.randbytes(len(data[at:at+n]))
         if what==5: del data[max(16,at):]
-        if what==6: data[at:at+4] = chance.choice((b'\xff'*4, b'\x7f\xff\xff\xff', b'\xff\xff\xff\x7f', struct.pack('>i',-1), struct.pack('<I',1<<24)))
+        if what==6: data[at:at+4] = chance.choice(LARGE)
     return bytes(data)
 
 
@@ -72,7 +75,8 @@ def check(whole, tmp_path, n, seed):
         if 'decoder' in said: assert 'crashed (SIG' in said or 'killed' in said or 'computed for' in said, (film, said)
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
     assert most<MOST_MEMORY
-    print(Counter((o.reason or 'used').split(' (')[0].split(' after')[0][:40] for o,_ in ends), f'{most/2**20:.0f} MiB at most, {max(s for _,s in ends):.2f} s at most')
+    reasons = Counter((o.reason or 'used').split(' (')[0].split(' after')[0][:40] for o,_ in ends)
+    print(reasons, f'{most/2**20:.0f} MiB at most, {max(s for _,s in ends):.2f} s at most')
 
 
 def test_films_with_mistakes(whole, tmp_path): check(whole, tmp_path, 200, 0)
@@ -92,20 +96,31 @@ def test_whole_films_are_used(whole, tmp_path):
 
 
 def test_nothing_is_sent(whole, tmp_path):
-    "Playlists under every name, a QuickTime film that refers to another place, a list to concatenate: a server that waits for a caller sees none"
+    """Playlists under every name, a QuickTime film that refers to another place, a list to concatenate:
+    a server that waits for a caller sees none"""
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
         server.listen()
         server.settimeout(.2)
         address = f'http://127.0.0.1:{server.getsockname()[1]}/a.ts'
         atom = lambda name,data: struct.pack('>I', 8+len(data))+name+data
-        refers = atom(b'ftyp', b'qt  \0\0\0\0qt  ')+atom(b'moov', atom(b'rmra', atom(b'rmda', atom(b'rdrf', b'\0\0\0\0url '+struct.pack('>I', len(address)+1)+address.encode()+b'\0'))))
-        texts = [f'#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{address}\n'.encode(), f'ffconcat version 1.0\nfile {address}\n'.encode(), f'[Reference]\nRef1={address}\n'.encode(), f'<asx version="3.0"><entry><ref href="{address}"/></entry></asx>'.encode(),
-            f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" profiles="urn:mpeg:dash:profile:isoff-live:2011" type="static"><Period><AdaptationSet mimeType="video/mp4"><Representation id="0" bandwidth="1"><BaseURL>{address}</BaseURL></Representation></AdaptationSet></Period></MPD>'.encode(), refers]
+        url = b'\0\0\0\0url '+struct.pack('>I', len(address)+1)+address.encode()+b'\0'
+        refers = atom(b'ftyp', b'qt  \0\0\0\0qt  ')+atom(b'moov', atom(b'rmra', atom(b'rmda', atom(b'rdrf', url))))
+        dash = ('<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" '
+            'profiles="urn:mpeg:dash:profile:isoff-live:2011" type="static"><Period>'
+            '<AdaptationSet mimeType="video/mp4"><Representation id="0" bandwidth="1">'
+            f'<BaseURL>{address}</BaseURL></Representation></AdaptationSet></Period></MPD>')
+        texts = [
+            f'#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{address}\n',
+            f'ffconcat version 1.0\nfile {address}\n',
+            f'[Reference]\nRef1={address}\n',
+            f'<asx version="3.0"><entry><ref href="{address}"/></entry></asx>',
+            dash]
         films = []
-        for k,text in enumerate(texts):
+        for k,data in enumerate((*(o.encode() for o in texts),refers)):
             for kind in (*KINDS,'m3u8','txt','mpd'):
                 films.append(Film(tmp_path/f'{k}.{kind}'))
-                films[-1].path.write_bytes(text)
-        assert all(o.reason.startswith('not a readable video') for o,_ in tried([*films])), [o.reason for o,_ in tried(films)]
+                films[-1].path.write_bytes(data)
+        reasons = [o.reason for o,_ in tried(films)]
+        assert all(o.startswith('not a readable video') for o in reasons), reasons
         with pytest.raises(TimeoutError): server.accept()

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from conftest import ROOT, python
+from sfv_lite.pipelines import SHIPPED, WEIGHTS, pretrained
 from sfv_lite.recipe import Recipe, settings_path
-from sfv_lite.svd import SHIPPED, WEIGHTS, pretrained
 
 DEFAULT = re.search(r'^\[DEFAULT\]$(.*?)^\[', (ROOT/'settings.ini').read_text(), re.M|re.S)[1].strip().splitlines()
 
@@ -21,20 +21,22 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_is_whole(wheel, tmp_path):
-    "Unpacked elsewhere, the wheel finds its own settings.ini and weights from any working directory, and installs `sfv-lite`"
+    """Unpacked elsewhere, the wheel finds its own settings.ini and weights from any working directory,
+    and installs `sfv-lite`"""
     site,cwd = tmp_path/'site',tmp_path/'elsewhere'
     zipfile.ZipFile(wheel).extractall(site)
     cwd.mkdir()
     code = '''
 import sfv_lite
+from sfv_lite.pipelines import pretrained
 from sfv_lite.recipe import Recipe, settings_path
-from sfv_lite.svd import pretrained
 print(sfv_lite.__file__, settings_path(), pretrained('digits'), pretrained('digits-teacher'), sep='\\n')
 assert Recipe.load('digits').frames==8
 '''
     done = python('-c', code, cwd=cwd, env=dict(PYTHONPATH=str(site)))
     assert done.returncode==0, done.stderr
-    assert [Path(o) for o in done.stdout.split()] == [site/'sfv_lite'/o for o in ('__init__.py','settings.ini','weights/digits','weights/digits-teacher')]
+    expected = ('__init__.py','settings.ini','weights/digits','weights/digits-teacher')
+    assert [Path(o) for o in done.stdout.split()] == [site/'sfv_lite'/o for o in expected]
     assert (site/'sfv_lite/settings.ini').read_bytes()==(ROOT/'settings.ini').read_bytes()
     entry, = site.glob('*.dist-info/entry_points.txt')
     assert 'sfv-lite = sfv_lite.cli:main' in entry.read_text()
@@ -44,7 +46,8 @@ def test_wheel_holds_only_the_package(wheel):
     "Every module, JSON and safetensors, no pickles, tests, notebooks or leftovers"
     names = [o for o in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in o]
     assert {o.name for o in (ROOT/'sfv_lite').glob('*.py')} == {Path(o).name for o in names if o.endswith('.py')}
-    assert all(o.startswith('sfv_lite/') and Path(o).suffix in ('.py','.ini','.json','.safetensors','.md') for o in names), names
+    kinds = ('.py','.ini','.json','.safetensors','.md')
+    assert all(o.startswith('sfv_lite/') and Path(o).suffix in kinds for o in names), names
 
 
 def test_checkout_uses_its_root_settings():
@@ -53,13 +56,16 @@ def test_checkout_uses_its_root_settings():
 
 
 def test_weights_are_small_and_safe():
-    "Shipped weights: at most 20 MB together, UNet and VAE in fp16, safetensors and JSON only, stock class names, a model card each; and the judge"
+    """Shipped weights: at most 20 MB together, UNet and VAE in fp16, safetensors and JSON only, stock class names,
+    a model card each; and the judge"""
     found = [o for o in WEIGHTS.rglob('*') if o.is_file()]
     assert sum(o.stat().st_size for o in found) <= 20e6
     assert {o.suffix for o in found} == {'.json','.safetensors','.md'}
-    assert {o.relative_to(WEIGHTS).parts[0] for o in found} == {*SHIPPED, 'judge.safetensors'} and (WEIGHTS/'judge.safetensors').stat().st_size <= 2e6
+    assert {o.relative_to(WEIGHTS).parts[0] for o in found} == {*SHIPPED, 'judge.safetensors'}
+    assert (WEIGHTS/'judge.safetensors').stat().st_size <= 2e6
     for name in SHIPPED:
-        assert json.loads((pretrained(name)/'model_index.json').read_text())['_class_name']=='StableVideoDiffusionPipeline'
+        index = json.loads((pretrained(name)/'model_index.json').read_text())
+        assert index['_class_name']=='StableVideoDiffusionPipeline'
         card = (pretrained(name)/'README.md').read_text()
         assert all(o in card for o in ('sfv-lite','minutes','± ','## Limits'))
         for part in ('unet','vae'): # the tower may stay in fp32: transformers opens it in the type it was saved in
@@ -74,7 +80,8 @@ import sys
 from diffusers import DiffusionPipeline
 from PIL import Image
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-clip = pipe(Image.open(sys.argv[2]), 32, 32, num_inference_steps=1, min_guidance_scale=1., max_guidance_scale=1., output_type='pt').frames
+one_step = dict(num_inference_steps=1, min_guidance_scale=1., max_guidance_scale=1.)
+clip = pipe(Image.open(sys.argv[2]), 32, 32, **one_step, output_type='pt').frames
 assert clip.shape==(1,8,3,32,32) and clip.isfinite().all()
 '''
     done = python('-I', '-c', code, pretrained('digits'), picture)
@@ -82,14 +89,16 @@ assert clip.shape==(1,8,3,32,32) and clip.isfinite().all()
 
 
 def test_every_default_is_explained():
-    "In [DEFAULT] every key, or group of keys without a blank line or comment between them, stands below a comment of its own"
+    """In [DEFAULT] every key, or group of keys without a blank line or comment between them,
+    stands below a comment of its own"""
     for before,line in zip(['']+DEFAULT, DEFAULT):
-        if '=' in line and line[0]!='#': assert before.strip() and not re.fullmatch(r'#.*-{9,}', before), f"no comment above: {line}"
+        if '=' in line and line[0]!='#':
+            assert before.strip() and not re.fullmatch(r'#.*-{9,}', before), f"no comment above: {line}"
 
 
 def test_settings_and_recipe_have_the_same_keys():
-    """[DEFAULT] names every key that has no default of its own, nothing else; all recipes load, so that no section holds an unknown key
-    or a wrong value"""
+    """[DEFAULT] names every key that has no default of its own, nothing else;
+    all recipes load, so that no section holds an unknown key or a wrong value"""
     ini = configparser.ConfigParser(interpolation=None)
     ini.optionxform = str
     ini.read(ROOT/'settings.ini')

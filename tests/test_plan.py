@@ -4,24 +4,32 @@ from pathlib import Path
 import pytest, torch
 from accelerate import PartialState
 from conftest import python, recipe, sfv
+from sfv_lite.loop import make_accelerator
+from sfv_lite.measure import count_flops
+from sfv_lite.pipelines import load_pipeline
 from sfv_lite.plan import random_batch, flops_of, memory_of, network_sizes, shard_bytes
 from sfv_lite.recipe import Recipe
-from sfv_lite.svd import load_pipeline, svd_sizes
-from sfv_lite.train import State, count_flops, make_accelerator, one_step
+from sfv_lite.sfv import one_step
+from sfv_lite.train import make_state
+from sfv_lite.svd import svd_sizes
 
 PROCESS = '''if 1:
     import gc, re, sys, torch
     from types import SimpleNamespace
+    from sfv_lite.loop import make_accelerator
     from sfv_lite.plan import random_batch
     from sfv_lite.recipe import Recipe
+    from sfv_lite.sfv import distil_step
+    from sfv_lite.train import make_state
     from sfv_lite.svd import networks
-    from sfv_lite.train import State, distil_step, make_accelerator
     torch.set_num_threads(1)
     sizes,r = eval(sys.argv[1]),Recipe(**eval(sys.argv[2]))
     read = lambda k: int(re.search(k + r':\\s+(\\d+)', open('/proc/self/status').read())[1])*1024
     def state(**change): # VAE and tower are not trained and not counted
-        return State.create(SimpleNamespace(unet=networks(**(sizes | dict(unet=sizes['unet'] | change)))['unet']), r, make_accelerator(r))
-    s = state(block_out_channels=(32,)*4, num_attention_heads=1) # a small one first, so that all libraries are loaded and warm
+        pipe = SimpleNamespace(unet=networks(**(sizes | dict(unet=sizes['unet'] | change)))['unet'])
+        return make_state(pipe, r, make_accelerator(r))
+    # a small one first, so that all libraries are loaded and warm
+    s = state(block_out_channels=(32,)*4, num_attention_heads=1)
     for _ in range(r.accumulation): distil_step(s, random_batch(sizes, r, r.batch//r.accumulation))
     del s
     gc.collect()
@@ -37,24 +45,32 @@ PROCESS = '''if 1:
 
 def sizes(*widths):
     "SVD's UNet at other widths; what is beside it is small"
-    o = svd_sizes(small=True)
-    return o | dict(unet=svd_sizes()['unet'] | dict(block_out_channels=widths, num_attention_heads=[o//32 for o in widths], cross_attention_dim=64))
+    change = dict(block_out_channels=widths, num_attention_heads=[o//32 for o in widths], cross_attention_dim=64)
+    return svd_sizes(small=True) | dict(unet=svd_sizes()['unet'] | change)
 
 
 CASES = { # widths, what changes; the large ones take 2 to 5 GB and minutes
-    'small':((64,128,256,256), dict(height=64, width=64, optimizer='sm3', accumulation=1)), 'weights':((128,256,512,512), dict(height=64, width=64, optimizer='sm3', accumulation=2)),
-    'activations':((96,192,384,384), dict(height=128, width=192, optimizer='sm3', accumulation=1)), 'lora':((192,384,768,768), dict(height=64, width=64, lora_rank=16, accumulation=2, checkpointing=True))}
+    'small':((64,128,256,256), dict(height=64, width=64, optimizer='sm3', accumulation=1)),
+    'weights':((128,256,512,512), dict(height=64, width=64, optimizer='sm3', accumulation=2)),
+    'activations':((96,192,384,384), dict(height=128, width=192, optimizer='sm3', accumulation=1)),
+    'lora':((192,384,768,768), dict(height=64, width=64, lora_rank=16, accumulation=2, checkpointing=True))}
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="the peak of resident memory is read from /proc")
-@pytest.mark.parametrize('case', [pytest.param(o, marks=[pytest.mark.slow]+[pytest.mark.huge]*(o!='small')) for o in CASES])
+@pytest.mark.parametrize('case', [
+    pytest.param(o, marks=[pytest.mark.slow]+[pytest.mark.huge]*(o!='small')) for o in CASES])
 def test_memory_is_what_a_process_takes(case, tmp_path):
-    """Two optimiser steps of UNets of 0.06 to 0.5 billion weights: the highest resident memory of a fresh process is within 10 % of the plan.
-    (glibc is asked to give freed memory back; by itself it keeps a few hundred MB of fragments, of which a plan knows nothing.)"""
+    """Two optimiser steps of UNets of 0.06 to 0.5 billion weights:
+    the highest resident memory of a fresh process is within 10 % of the plan.
+    (glibc is asked to give freed memory back;
+    by itself it keeps a few hundred MB of fragments, of which a plan knows nothing.)"""
     widths,keys = CASES[case]
-    r = dataclasses.replace(Recipe.load('svd-lora', **{**dict(precision='no', lora_rank=0, checkpointing=False, head_start=0, r1_every=1, head_width=64), **keys}), batch=keys['accumulation'])
+    plain = dict(precision='no', lora_rank=0, checkpointing=False, head_start=0, r1_every=1, head_width=64)
+    r = dataclasses.replace(Recipe.load('svd-lora', **(plain | keys)), batch=keys['accumulation'])
     (tmp_path/'run.py').write_text(PROCESS)
-    done = python(tmp_path/'run.py', repr(sizes(*widths)), repr(dataclasses.asdict(r)), timeout=900, env=dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'))
+    argv = (tmp_path/'run.py', repr(sizes(*widths)), repr(dataclasses.asdict(r)))
+    glibc = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+    done = python(*argv, timeout=900, env=glibc)
     assert done.returncode==0, done.stderr[-3000:]
     took,counted = int(done.stdout),memory_of(r, sizes(*widths), gpu=False)
     print(case, f'{took/2**30:.2f} GB taken', {k:f'{v/2**30:.2f}' for k,v in counted.items()})
@@ -64,7 +80,7 @@ def test_memory_is_what_a_process_takes(case, tmp_path):
 def test_flops_are_those_of_a_real_step(base):
     "Counted on fake tensors, the step of digits costs what `count_flops` counts on real ones; R1 is in for its share"
     r = recipe(batch=1, r1_every=4)
-    state = State.create(load_pipeline(base), r, make_accelerator(r))
+    state = make_state(load_pipeline(base), r, make_accelerator(r))
     batch = random_batch(network_sizes(base), r, 1)
     def at(step):
         state.step = step
@@ -74,14 +90,16 @@ def test_flops_are_those_of_a_real_step(base):
 
 @pytest.mark.slow
 def test_memory_is_planned_alike_where_there_is_a_gpu(base):
-    "Fake tensors lie on the CPU and so must autocast's, whatever accelerate found; what accelerate knows of a run in the same process is left as it was"
+    """Fake tensors lie on the CPU and so must autocast's, whatever accelerate found;
+    what accelerate knows of a run in the same process is left as it was"""
     r,state = recipe(batch=1, precision='bf16'),PartialState()
     expected,found = memory_of(r, network_sizes(base)),state.device
     try:
         state.device = torch.device('cuda')
         assert memory_of(r, network_sizes(base))==expected and state.device.type=='cuda'
     finally: state.device = found
-    assert memory_of(dataclasses.replace(r, precision='no'), network_sizes(base))['peak']!=expected['peak'] # so autocast is seen at all
+    without = memory_of(dataclasses.replace(r, precision='no'), network_sizes(base))
+    assert without['peak']!=expected['peak'] # so autocast is seen at all
 
 
 @pytest.mark.slow
@@ -91,7 +109,8 @@ def test_plan_on_the_command_line(base, tmp_path):
     done = ask('--gpu', 'l40s', '--gpus', 2)
     assert done.returncode==0, done.stderr
     p = json.loads((tmp_path/'plan.json').read_text())
-    assert all(o in done.stdout for o in ('weights of G','peak','fits','TFLOP a step','days','a clip')) and p['fits'] and p['gpus']==2
+    assert all(o in done.stdout for o in ('weights of G','peak','fits','TFLOP a step','days','a clip'))
+    assert p['fits'] and p['gpus']==2
     for o in p['memory'].values(): assert o['peak']==sum(v for k,v in o.items() if k!='peak')
     assert p['clip']==shard_bytes(recipe(), network_sizes(base))
     done = ask('--gpus', 3)

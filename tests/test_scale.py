@@ -9,7 +9,7 @@ SCRIPT = '''if 1:
     from types import SimpleNamespace
     from safetensors.torch import save_file
     torch.set_default_dtype(torch.float64)
-    from sfv_lite import train
+    from sfv_lite import sfv, train
     from sfv_lite.edm import add_noise
     from sfv_lite.recipe import Recipe
     from sfv_lite.svd import Batch, Condition, digits_pipeline
@@ -19,23 +19,27 @@ SCRIPT = '''if 1:
     rank,world = acc.process_index,acc.num_processes
     pipe = digits_pipeline(3)
     for net in (pipe.unet,pipe.vae): net.double()
-    s = train.State.create(pipe, r, acc)
+    s = train.make_state(pipe, r, acc)
     part,g,laws = size//world//r.accumulation,torch.Generator(),dict(sigma_g=s.sigma_g, sigma_d=s.sigma_d)
     for micro in range(steps*r.accumulation):
         step,i = divmod(micro, r.accumulation)
         g.manual_seed(step)
-        whole = Batch(torch.randn(size,frames,4,8,8, generator=g), Condition(torch.randn(size,4,8,8, generator=g), torch.randn(size,1,64, generator=g), torch.tensor([[6.,127.,.02]]*size)))
+        latents,pictures = torch.randn(size,frames,4,8,8, generator=g),torch.randn(size,4,8,8, generator=g)
+        embeds,ids = torch.randn(size,1,64, generator=g),torch.tensor([[6.,127.,.02]]*size)
+        whole = Batch(latents, Condition(pictures, embeds, ids))
         draws = [torch.randn(whole.latents.shape, generator=g) for _ in range(3)]
         levels = {k:o.sample(size, g).double() for k,o in laws.items()}
         mine = slice((i*world+rank)*part, (i*world+rank+1)*part)
         noise = iter(draws)
-        train.add_noise = lambda x, sigma, _: add_noise(x, sigma, next(noise)[mine])
-        s.sigma_g,s.sigma_d = (SimpleNamespace(sample=lambda n, g, o=o: o[mine]) for o in (levels['sigma_g'],levels['sigma_d']))
+        sfv.add_noise = lambda x, sigma, _: add_noise(x, sigma, next(noise)[mine])
+        law = lambda drawn: SimpleNamespace(sample=lambda n, g: drawn[mine])
+        s.sigma_g,s.sigma_d = law(levels['sigma_g']),law(levels['sigma_d'])
         train.distil_step(s, whole[mine])
     assert s.step==steps
     G = acc.unwrap_model(s.G)
     found = {f'G.{k}':p for k,p in G.named_parameters() if p.requires_grad}
-    found |= {f'heads.{k}':p for k,p in s.D.heads.named_parameters()} | {f'ema.{k}':v for k,v in zip([o for o in found], s.ema.shadow_params, strict=True)}
+    average = {f'ema.{k}':v for k,v in zip([*found], s.ema.shadow_params, strict=True)}
+    found |= {f'heads.{k}':p for k,p in s.D.heads.named_parameters()} | average
     save_file({k:v.detach().clone().contiguous() for k,v in found.items()}, f'{out}-{world}-{rank}.safetensors')
     if world>1: dist.destroy_process_group()
 '''
@@ -44,14 +48,20 @@ SCRIPT = '''if 1:
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['whole','lora'])
 def test_two_processes_are_one(way, tmp_path):
-    """Twenty steps with R1, a head start, accumulation and SM3 (with LoRA: six, AdamW, and blocks computed twice): every tensor of G, of the heads and
-    of the average equals the single process's to 1e-6 of its norm, and the ranks hold the same to the bit.
-    Left out is what has no gradient but rounding, which adaptive optimisers blow up: attention to a single token has no use for its queries and keys"""
-    steps,more = (20, dict(optimizer='sm3', T_g=4, lam=.1, lr_g=1e-4, lr_d=1e-3)) if way=='whole' else (6, dict(lora_rank=4, checkpointing=True, lr_g=1e-3, lr_d=1e-3))
-    keys = dict(precision='no', steps=steps, head_start=2, warmup=0, schedule='constant', batch=4, accumulation=2, r1_every=3, head_width=16) | more
+    """Twenty steps with R1, a head start, accumulation and SM3 (with LoRA: six, AdamW, and blocks computed twice):
+    every tensor of G, of the heads and of the average equals the single process's to 1e-6 of its norm,
+    and the ranks hold the same to the bit.
+    Left out is what has no gradient but rounding, which adaptive optimisers blow up:
+    attention to a single token has no use for its queries and keys"""
+    whole = dict(optimizer='sm3', T_g=4, lam=.1, lr_g=1e-4, lr_d=1e-3)
+    lora = dict(lora_rank=4, checkpointing=True, lr_g=1e-3, lr_d=1e-3)
+    steps,more = (20,whole) if way=='whole' else (6,lora)
+    keys = dict(precision='no', steps=steps, head_start=2, warmup=0, schedule='constant', batch=4, accumulation=2,
+        r1_every=3, head_width=16, **more)
     (tmp_path/'run.py').write_text(SCRIPT)
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node')
     for n in (1,2):
-        done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', n, tmp_path/'run.py', tmp_path/'w', repr(keys), steps)
+        done = python(*torchrun, n, tmp_path/'run.py', tmp_path/'w', repr(keys), steps)
         assert done.returncode==0, done.stderr[-3000:]
     one,first,second = (load_file(tmp_path/f'w-{o}.safetensors') for o in ('1-0','2-0','2-1'))
     assert all(torch.equal(first[k], second[k]) for k in first)

@@ -1,18 +1,20 @@
 "Videos to shards: every file that is wrong, every way to be stopped, and training from what was made"
-import errno, itertools, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+import errno, itertools, json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from textwrap import dedent
 import av, numpy as np, pytest, torch
 from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite.cli import main
-from sfv_lite.films import Became, Cutting, clips_of
-from sfv_lite.footage import decoded, find_films
+from sfv_lite.files import load_clip, save_clip
+from sfv_lite.films import Cutting, clips_of
 from sfv_lite.shards import locked, prepare
 from sfv_lite.stream import load_manifest, open_shards, shard_batches
 from sfv_lite.train import distil
-from sfv_lite.video import load_clip, moving_digits, save_clip, to_uint8
+from sfv_lite.video import moving_digits, to_uint8
 
 SPEC = Cutting(8, 7, 32, 32)
-WRONG = {'nothing.mp4':'is empty', 'notes.mp4':'not a readable video', 'cut off.mp4':'not a readable video', 'deep/er/sound.mp4':'has sound but no picture', 'wink.webm':'too short'}
+WRONG = {'nothing.mp4':'is empty', 'notes.mp4':'not a readable video', 'cut off.mp4':'not a readable video',
+    'deep/er/sound.mp4':'has sound but no picture', 'wink.webm':'too short'}
 
 
 def write(path, x, fps=7):
@@ -21,7 +23,9 @@ def write(path, x, fps=7):
     with av.open(str(path), 'w') as out:
         s = out.add_stream('mpeg4' if path.suffix=='.avi' else 'libx264', rate=fps)
         s.height,s.width,s.pix_fmt = *x.shape[-2:],'yuv420p'
-        for o in to_uint8(x.permute(0,2,3,1)): out.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(o), format='rgb24')))
+        for o in to_uint8(x.permute(0,2,3,1)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(o), format='rgb24')
+            out.mux(s.encode(frame))
         out.mux(s.encode())
 
 
@@ -35,7 +39,8 @@ def write_sound(path):
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
-    "Six videos of 27 frames without a cut, so of three clips each, in several containers, with blanks and umlauts in their names and folders in folders"
+    """Six videos of 27 frames without a cut, so of three clips each, in several containers,
+    with blanks and umlauts in their names and folders in folders"""
     folder = tmp_path_factory.mktemp('good')/'my vidéos'
     for i,name in enumerate(('a b.mp4', 'Größe.webm', 'deep/er/数字.mkv', 'deep/plain.mov', 'loop.gif', "it's.avi")):
         x = moving_digits(1, i)[0][0]
@@ -78,7 +83,8 @@ def only(folder):
 # files that are wrong -----------------------------------------------------------------------------
 
 def test_every_wrong_file_is_reported_once(mixed, base, tmp_path, capsys):
-    "Each with its reason, in the report and on the screen; the others are used, and the exit code is 3. A text file is passed over and counted"
+    """Each with its reason, in the report and on the screen; the others are used, and the exit code is 3.
+    A text file is passed over and counted"""
     assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--base', str(base)])==3
     report = json.loads((tmp_path/'out/report.json').read_text())
     assert report['clips']==18 and report['files']==12
@@ -92,7 +98,8 @@ def test_every_wrong_file_is_reported_once(mixed, base, tmp_path, capsys):
 
 @pytest.mark.parametrize('kind,cause', [('avi','ends after'), ('mkv','ends after'), ('gif','damaged after')])
 def test_a_file_that_breaks_off_keeps_its_clips(kind, cause, tmp_path):
-    "A container that can be read from the front, of which the last third is missing: what is there is used, and the file is reported"
+    """A container that can be read from the front, of which the last third is missing:
+    what is there is used, and the file is reported"""
     write(tmp_path/f'whole.{kind}', moving_digits(12, 3)[0].flatten(0,1))
     whole = (tmp_path/f'whole.{kind}').read_bytes()
     (tmp_path/f'part.{kind}').write_bytes(whole[:len(whole)*2//3])
@@ -112,8 +119,8 @@ def test_no_clip_crosses_a_cut(base, tmp_path):
 
 
 def test_prepare_where_the_videos_are(good, base, tmp_path, monkeypatch, capsys):
-    """In the folder of videos, shards go to ./shards; the same command goes on, and does not take them for videos. Other files of the same
-    number under the same folder are noticed, and so is a manifest that somebody broke"""
+    """In the folder of videos, shards go to ./shards; the same command goes on, and does not take them for videos.
+    Other files of the same number under the same folder are noticed, and so is a manifest that somebody broke"""
     monkeypatch.chdir(shutil.copytree(good, tmp_path/'videos'))
     command = ['prepare', '.', '--base', str(base), '--workers', '0', '--set', 'fps=7']
     assert main(command)==0 and '6 files' in capsys.readouterr().out
@@ -126,7 +133,8 @@ def test_prepare_where_the_videos_are(good, base, tmp_path, monkeypatch, capsys)
 
 
 def test_dry_run_writes_a_sheet_and_no_shards(mixed, tmp_path, capsys):
-    "It counts clips and names wrong files like the real run, and leaves a sheet of clips beside the folder of shards, which is not made"
+    """It counts clips and names wrong files like the real run, and leaves a sheet of clips beside the folder of shards,
+    which is not made"""
     assert main(['prepare', str(mixed), '-o', str(tmp_path/'out'), '--dry-run'])==3
     said = capsys.readouterr().out
     assert '18 clips' in said and all(k in said for k in WRONG)
@@ -136,9 +144,15 @@ def test_dry_run_writes_a_sheet_and_no_shards(mixed, tmp_path, capsys):
 # being stopped ------------------------------------------------------------------------------------
 
 def test_killed_again_and_again(good, base, shards, tmp_path):
-    "SIGKILL at random points; each time the same command goes on, and in the end the shards are those of an undisturbed run"
+    """SIGKILL at random points; each time the same command goes on,
+    and in the end the shards are those of an undisturbed run"""
     out,chance = tmp_path/'out',random.Random(0)
-    code = f"from sfv_lite.films import Cutting; from sfv_lite.shards import prepare; import torch; torch.set_num_threads(1); prepare({str(good)!r}, {str(out)!r}, {str(base)!r}, Cutting(8,7,32,32), workers={{}}, shard=5)"
+    code = dedent(f"""\
+        from sfv_lite.films import Cutting
+        from sfv_lite.shards import prepare
+        import torch
+        torch.set_num_threads(1)
+        prepare({str(good)!r}, {str(out)!r}, {str(base)!r}, Cutting(8,7,32,32), workers={{}}, shard=5)""")
     script = tmp_path/'prepare.py'
     for k in range(6):
         script.write_text(code.format(k%3)) # a plain script, without a guard
@@ -157,7 +171,10 @@ def test_killed_again_and_again(good, base, shards, tmp_path):
 
 def test_ctrl_c(good, base, tmp_path):
     "One line, exit code 130, and nothing but whole shards"
-    p = subprocess.Popen([sys.executable, '-c', 'import sys; from sfv_lite.cli import main; sys.exit(main())', 'prepare', str(good), '-o', str(tmp_path/'out'), '--base', str(base), '--shard', '2'], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    code = 'import sys; from sfv_lite.cli import main; sys.exit(main())'
+    argv = ['prepare', str(good), '-o', str(tmp_path/'out'), '--base', str(base), '--shard', '2']
+    ask = [sys.executable, '-c', code, *argv]
+    p = subprocess.Popen(ask, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while p.poll() is None and not list((tmp_path/'out').glob('shard-*.json')): time.sleep(.02)
     os.killpg(p.pid, signal.SIGINT) # as a terminal does: to the decoders too
     said = p.communicate(timeout=60)[1]
@@ -207,7 +224,9 @@ def test_another_command_on_the_same_folder(good, base, shards, capsys):
 def test_deals_without_overlap(shards):
     "Two processes with two readers each: every clip once"
     manifest,dealt = load_manifest(shards),[]
-    for rank in (0,1): dealt += [(o['file'],o['start']) for rows in open_shards(shards, manifest, rank, 2, 0, 64, 1, 2) for o in rows]
+    for rank in (0,1):
+        mine = open_shards(shards, manifest, rank, 2, 0, 64, 1, 2)
+        dealt += [(o['file'],o['start']) for rows in mine for o in rows]
     assert len(dealt)==len(set(dealt))==18
 
 
@@ -257,7 +276,8 @@ def test_shards_that_do_not_fit(wrong, shards, base, tmp_path, capsys):
     if wrong=='missing': (folder/'shard-00001.parquet').unlink(); cause = 'shard-00001.parquet: a damaged shard'
     if wrong=='unfinished': (folder/'shard-00003.json').unlink(); cause = 'prepare has not finished'
     if wrong=='none': folder,cause = tmp_path,'holds no shards'
-    assert main(['distil', '-o', str(tmp_path/'run'), '--base', str(base), '--data', str(folder), *sets(**TINY), *more])==1
+    argv = ['distil', '-o', str(tmp_path/'run'), '--base', str(base), '--data', str(folder)]
+    assert main([*argv, *sets(**TINY), *more])==1
     said = capsys.readouterr().err
     assert cause in said, said
     assert not (tmp_path/'run').exists()

@@ -8,7 +8,8 @@ from conftest import ROOT, python
 
 pytest.importorskip('myst_nb', reason="the site needs pip install -e '.[docs]'")
 CODE = 'pre','code','script','style'
-BROWSER = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome','google-chrome-stable'))), None)
+BROWSERS = 'chromium','chromium-browser','google-chrome','google-chrome-stable'
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def trial():
@@ -21,8 +22,10 @@ def trial():
     data = embed_data(HBox([Play(), slider, label, HTMLMath('$c_{in}$')]))
     view = new_output('display_data', {'application/vnd.jupyter.widget-view+json':data['view_specs'][0]})
     state = {'application/vnd.jupyter.widget-state+json':data['manager_state']}
-    cells = [new_markdown_cell('# A slider\n> To be moved, from $x_0$ to $x_9$.'), new_code_cell('#| hide\nhidden = 1'), new_code_cell('#| echo: false\nslider', outputs=[view])]
-    return new_notebook(cells=cells, metadata=dict(widgets=state, kernelspec=dict(name='python3', display_name='Python 3', language='python')))
+    cells = [new_markdown_cell('# A slider\n> To be moved, from $x_0$ to $x_9$.'),
+        new_code_cell('#| hide\nhidden = 1'), new_code_cell('#| echo: false\nslider', outputs=[view])]
+    kernel = dict(name='python3', display_name='Python 3', language='python')
+    return new_notebook(cells=cells, metadata=dict(widgets=state, kernelspec=kernel))
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +51,8 @@ class Page(HTMLParser):
         self.code += tag in CODE
         if attrs.get('id'): self.ids.add(attrs['id'])
         if tag=='a' and 'href' in attrs: self.links.append(attrs['href'])
-        elif attrs.get('src') or (tag=='link' and attrs.get('href')): self.assets.append(attrs.get('src') or attrs['href'])
+        elif attrs.get('src') or (tag=='link' and attrs.get('href')):
+            self.assets.append(attrs.get('src') or attrs['href'])
 
     def handle_endtag(self, tag): self.code -= tag in CODE
 
@@ -62,15 +66,19 @@ def pages(site): return {o:Page(o) for o in sorted(site.rglob('*.html'))}
 
 
 def test_every_notebook_and_module_has_a_page(site, pages):
-    "In the navigation of the first page, and every public name with its table in the API, linked to where it is derived"
+    """In the navigation of the first page, and every public name with its table in the API,
+    linked to where it is derived"""
     linked = {normal(site/'index.html', o)[0] for o in pages[site/'index.html'].links}
-    notebooks = [o.relative_to(ROOT/'nbs').with_suffix('.html') for folder in ('nbs','nbs/tutorials') for o in (ROOT/folder).glob('*.ipynb')]
+    sources = [o for folder in ('nbs','nbs/tutorials') for o in (ROOT/folder).glob('*.ipynb')]
+    notebooks = [o.relative_to(ROOT/'nbs').with_suffix('.html') for o in sources]
     modules = [o for o in (ROOT/'sfv_lite').glob('*.py') if o.stem[0]!='_']
     assert {site/o for o in notebooks} | {site/f'api/{o.stem}.html' for o in modules} <= linked
     for o in modules:
-        public = next(ast.literal_eval(n.value) for n in ast.parse(o.read_text()).body if isinstance(n,ast.Assign) and n.targets[0].id=='__all__')
+        assigned = (n for n in ast.parse(o.read_text()).body if isinstance(n,ast.Assign))
+        public = next(ast.literal_eval(n.value) for n in assigned if n.targets[0].id=='__all__')
         page = pages[site/f'api/{o.stem}.html']
-        assert {f'sfv_lite.{o.stem}.{n}' for n in public} <= page.ids and ''.join(page.text).count('Derived in')==len(public)
+        assert {f'sfv_lite.{o.stem}.{n}' for n in public} <= page.ids
+        assert ''.join(page.text).count('Derived in')==len(public)
 
 
 def normal(page, link):
@@ -86,14 +94,16 @@ def test_every_link_holds(pages):
         for link in o.links+o.assets:
             if re.match('[a-z]+:', link): continue
             file,anchor = normal(page, link)
-            if not file.is_file() or (anchor and file in pages and anchor not in pages[file].ids): broken.append((page.name, link))
+            lost = anchor and file in pages and anchor not in pages[file].ids
+            if lost or not file.is_file(): broken.append((page.name, link))
     assert not broken
 
 
 def test_nothing_comes_from_outside(site, pages):
     "No script, style, picture or font"
     assert not [(k.name,o) for k,v in pages.items() for o in v.assets if re.match('([a-z]+:)?//', o)]
-    styles = {o.name:re.findall(r'(?:url\(|@import)[\s"\']*((?:https?:)?//[^)"\']*)', o.read_text()) for o in site.rglob('*.css')}
+    outside = re.compile(r'(?:url\(|@import)[\s"\']*((?:https?:)?//[^)"\']*)')
+    styles = {o.name:outside.findall(o.read_text()) for o in site.rglob('*.css')}
     assert not any(styles.values()), styles
 
 
@@ -104,28 +114,46 @@ def test_directives_are_obeyed(site, pages):
     assert not raw
     text = ''.join(pages[site/'tutorials/trial.html'].text)
     assert 'hidden = 1' not in text and 'To be moved' in text and not re.search(r'^slider$', text, re.M)
-    weights = {k.relative_to(site).as_posix(): k.stat().st_size+sum(normal(k,o)[0].stat().st_size for o in set(v.assets) if '_images' in o) for k,v in pages.items()}
+    def weight(page, assets):
+        pictures = [normal(page,o)[0] for o in set(assets) if '_images' in o]
+        return sum(o.stat().st_size for o in (page,*pictures))
+    weights = {k.relative_to(site).as_posix():weight(k,v.assets) for k,v in pages.items()}
     for k,n in sorted(weights.items(), key=lambda o: -o[1])[:5]: print(f'{k}  {n/1e6:.1f} MB')
     assert max(weights.values()) < 3e6, weights
 
 
 def test_search_index_knows_the_temporal_head(site):
     index = json.loads(re.search(r'\((.*)\)', (site/'searchindex.js').read_text(), re.S)[1])
-    found = lambda word: {n for part in ('terms','titleterms') for o in [index[part].get(word,[])] for n in ([o] if isinstance(o,int) else o)}
+    def found(word):
+        entries = [index[part].get(word,[]) for part in ('terms','titleterms')]
+        return {n for o in entries for n in ([o] if isinstance(o,int) else o)}
     assert index['docnames'].index('04_heads') in found('tempor') & found('head')
 
 
 # ---------------------------------------------------------------- in a browser
-FAINT = """() => {                      // texts whose contrast with what lies behind them is below 4.5, as WCAG counts it
+FAINT = """() => {  // texts whose contrast with what lies behind them is below 4.5, as WCAG counts it
   const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true})
-  const rgba = c => { paint.clearRect(0,0,1,1); paint.fillStyle = c; paint.fillRect(0,0,1,1); const d = paint.getImageData(0,0,1,1).data; return [d[0],d[1],d[2],d[3]/255] }
+  const rgba = c => {
+    paint.clearRect(0,0,1,1)
+    paint.fillStyle = c
+    paint.fillRect(0,0,1,1)
+    const d = paint.getImageData(0,0,1,1).data
+    return [d[0],d[1],d[2],d[3]/255]
+  }
   const over = (a,b) => [0,1,2].map(i => a[3]*a[i]+(1-a[3])*b[i]).concat(1)
-  const back = e => { if (!e) return [255,255,255,1]; const c = rgba(getComputedStyle(e).backgroundColor); return c[3]==1 ? c : over(c, back(e.parentElement)) }
-  const light = c => c.slice(0,3).map(v => v/255).map(v => v<=.03928 ? v/12.92 : ((v+.055)/1.055)**2.4).reduce((s,v,i) => s+v*[.2126,.7152,.0722][i], 0)
-  const faint = {}, seen = new Set(), walk = document.createTreeWalker(document.querySelector('.content'), NodeFilter.SHOW_TEXT)
+  const back = e => {
+    if (!e) return [255,255,255,1]
+    const c = rgba(getComputedStyle(e).backgroundColor)
+    return c[3]==1 ? c : over(c, back(e.parentElement))
+  }
+  const linear = v => v<=.03928 ? v/12.92 : ((v+.055)/1.055)**2.4
+  const light = c => c.slice(0,3).map(v => linear(v/255)).reduce((s,v,i) => s+v*[.2126,.7152,.0722][i], 0)
+  const faint = {}, seen = new Set()
+  const walk = document.createTreeWalker(document.querySelector('.content'), NodeFilter.SHOW_TEXT)
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement, text = walk.currentNode.data.trim()
-    if (!text || !e.checkVisibility({visibilityProperty: true}) || e.closest('script,style,mjx-assistive-mml,.headerlink')) continue
+    if (!text || !e.checkVisibility({visibilityProperty: true})) continue
+    if (e.closest('script,style,mjx-assistive-mml,.headerlink')) continue
     const b = back(e), colour = getComputedStyle(e).color, key = colour+b
     if (seen.has(key)) continue
     seen.add(key)
@@ -134,7 +162,9 @@ FAINT = """() => {                      // texts whose contrast with what lies b
   }
   return Object.values(faint)
 }"""
-UNSET = "() => [...document.querySelectorAll('.content .math')].filter(e => !e.querySelector('mjx-container') || e.querySelector('mjx-merror')).map(e => e.textContent)"
+UNSET = """() => [...document.querySelectorAll('.content .math')]
+  .filter(e => !e.querySelector('mjx-container') || e.querySelector('mjx-merror'))
+  .map(e => e.textContent)"""
 
 
 @contextlib.contextmanager
@@ -158,7 +188,8 @@ def browser(site):
         tab.on('console', lambda o: o.type=='error' and complaints.append(o.text))
         tab.on('pageerror', lambda o: complaints.append(str(o)))
         tab.on('requestfailed', lambda o: complaints.append(f'failed: {o.url}'))
-        tab.on('request', lambda o: o.url.startswith((address,'data:','blob:')) or complaints.append(f'from outside: {o.url}'))
+        inside = (address,'data:','blob:')
+        tab.on('request', lambda o: o.url.startswith(inside) or complaints.append(f'from outside: {o.url}'))
         yield tab,address,complaints
 
 
@@ -169,7 +200,8 @@ def test_every_page_can_be_read(site, pages, browser):
         tab.set_viewport_size(dict(width=1280, height=900))
         tab.emulate_media(color_scheme='light')
         tab.goto(f'{address}/{page.relative_to(site).as_posix()}', wait_until='load')
-        if tab.evaluate("() => !!document.querySelector('.math')"): tab.evaluate('() => MathJax.startup.promise.then(() => 0)')
+        if tab.evaluate("() => !!document.querySelector('.math')"):
+            tab.evaluate('() => MathJax.startup.promise.then(() => 0)')
         complaints += [f'{page.name}: not set: {o}' for o in tab.evaluate(UNSET)]
         for theme in 'light','dark':
             tab.emulate_media(color_scheme=theme)
@@ -181,7 +213,8 @@ def test_every_page_can_be_read(site, pages, browser):
 
 
 def test_sliders_move(site, pages, browser):
-    "By the keyboard, on every page that has one, with their readout; on the trial page also what is linked to it, and a formula in a widget"
+    """By the keyboard, on every page that has one, with their readout; on the trial page also what is linked to it,
+    and a formula in a widget"""
     tab,address,complaints = browser
     live = [o for o in sorted(pages, key=lambda o: o.name=='trial.html') if 'widget-view+json' in o.read_text()]
     for page in live:
@@ -191,7 +224,8 @@ def test_sliders_move(site, pages, browser):
         for key in 'ArrowRight','ArrowLeft','ArrowLeft': # whatever end it may stand at
             tab.locator('.widget-slider [role=slider]').first.press(key)
         assert readout.inner_text()!=before, page.name
-    assert tab.locator('.jupyter-widgets.widget-label').inner_text()==readout.inner_text()=='2' # the trial is the last page
+    linked = tab.locator('.jupyter-widgets.widget-label') # the trial is the last page
+    assert linked.inner_text()==readout.inner_text()=='2'
     tab.locator('.widget-htmlmath mjx-container').wait_for()
     assert live and not complaints, complaints
 

@@ -2,7 +2,8 @@
 import pytest, time
 from conftest import python
 
-COMMANDS = {'import sfv_lite':('import sfv_lite', .3), 'sfv-lite --help':('from sfv_lite.cli import main; main(["--help"])', 1.)}
+COMMANDS = {'import sfv_lite':('import sfv_lite', .3),
+    'sfv-lite --help':('from sfv_lite.cli import main; main(["--help"])', 1.)}
 
 
 def seconds(code):
@@ -13,8 +14,8 @@ def seconds(code):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_start_up(name):
-    """`import sfv_lite` takes at most 0.3 s and `sfv-lite --help` at most 1 s more than Python itself; the best of five counts, as other
-    work may disturb some"""
+    """`import sfv_lite` takes at most 0.3 s and `sfv-lite --help` at most 1 s more than Python itself;
+    the best of five counts, as other work may disturb some"""
     code,limit = COMMANDS[name]
     pairs = [(seconds(code), seconds('pass')) for _ in range(5)]
     assert min(o for o,_ in pairs) - min(o for _,o in pairs) <= limit
@@ -23,8 +24,12 @@ def test_start_up(name):
 @pytest.mark.parametrize('name', COMMANDS)
 def test_nothing_heavy_is_imported(name):
     "Neither imports torch, diffusers or their like: a verb does, when it runs"
-    code = f"import atexit, sys\natexit.register(lambda: print('HAS', *sorted({{o.partition('.')[0] for o in sys.modules}})))\n{COMMANDS[name][0]}"
+    code = f"""if 1:
+        import atexit, sys
+        atexit.register(lambda: print('HAS', *sorted({{o.partition('.')[0] for o in sys.modules}})))
+        {COMMANDS[name][0]}"""
     done = python('-c', code)
     has = set(done.stdout.split('HAS')[-1].split())
     assert done.returncode==0 and 'sfv_lite' in has, done.stderr
-    assert not has & {'torch','diffusers','transformers','accelerate','numpy','matplotlib','PIL','av','sklearn','IPython'}
+    heavy = {'torch','diffusers','transformers','accelerate','numpy','matplotlib','PIL','av','sklearn','IPython'}
+    assert not has & heavy

@@ -1,6 +1,7 @@
 """Whole runs: golden losses, frozen and averaged weights, accumulation, resuming, Ctrl-C
 
-A change that is meant to move the losses: `pytest tests/test_train.py --regold` writes golden.json anew; commit it with the change."""
+A change that is meant to move the losses: `pytest tests/test_train.py --regold` writes golden.json anew;
+commit it with the change."""
 import csv, dataclasses, json, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,13 @@ from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite import train
 from sfv_lite.cli import main
 from sfv_lite.edm import add_noise
-from sfv_lite.svd import digits_pipeline, encode, load_pipeline, save_pipeline
+from sfv_lite.sfv import descend
+from sfv_lite.pipelines import load_pipeline, save_pipeline
+from sfv_lite.svd import digits_pipeline, encode
 from sfv_lite.video import moving_digits
 
 GOLDEN = Path(__file__).with_name('golden.json')
+TORCHRUN = '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2
 
 
 def log(out, *drop):
@@ -31,19 +35,20 @@ def new_state(pipe, **overrides):
     "A state of `distil` and a batch for it"
     r = recipe(**overrides)
     batch = encode(pipe, moving_digits(r.batch)[0], generator=torch.Generator().manual_seed(0))
-    return train.State.create(pipe, r, train.make_accelerator(r)),batch
+    return train.make_state(pipe, r, train.make_accelerator(r)),batch
 
 
 # golden losses ------------------------------------------------------------------------------------
 
-RUNS = {'pretrain': dict(teacher_steps=10, teacher_lr=1e-3), 'distil-adamw': dict(steps=10, optimizer='adamw', lr_g=1e-4, lr_d=1e-3, r1_every=4),
+RUNS = {'pretrain': dict(teacher_steps=10, teacher_lr=1e-3),
+    'distil-adamw': dict(steps=10, optimizer='adamw', lr_g=1e-4, lr_d=1e-3, r1_every=4),
     'distil-sm3': dict(steps=10, optimizer='sm3', lr_g=1e-5, lr_d=1e-4, r1_every=4)}
 
 
 @pytest.mark.parametrize('name', RUNS)
 def test_golden_losses(name, tmp_path, request):
-    """Ten steps from a seeded untrained pipeline give the committed losses: nobody changed the mathematics or the order of random draws
-    unawares. The recipe is pinned in golden.json"""
+    """Ten steps from a seeded untrained pipeline give the committed losses:
+    nobody changed the mathematics or the order of random draws unawares. The recipe is pinned in golden.json"""
     gold = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     regold = request.config.getoption('regold')
     pinned = {} if regold else gold[name]['recipe']
@@ -51,7 +56,8 @@ def test_golden_losses(name, tmp_path, request):
     if name=='pretrain': train.pretrain(r, tmp_path/'run', base=folder)
     else: train.distil(r, tmp_path/'run', folder)
     rows = log(tmp_path/'run')
-    losses = {k:[float(o[k]) for o in rows if o[k]] for k in ('loss','d_real','d_fake','adv','recon','r1') if k in rows[0]}
+    logged = [k for k in ('loss','d_real','d_fake','adv','recon','r1') if k in rows[0]]
+    losses = {k:[float(o[k]) for o in rows if o[k]] for k in logged}
     if regold:
         gold[name] = dict(recipe={k:v for k,v in dataclasses.asdict(r).items() if k!='name'}, losses=losses)
         GOLDEN.write_text(json.dumps(gold, indent=1)+'\n')
@@ -63,11 +69,11 @@ def test_golden_losses(name, tmp_path, request):
 # one step -----------------------------------------------------------------------------------------
 
 def gradients(monkeypatch, accumulation):
-    """Gradients and weights of one step on four clips in so many micro-batches, in float64; clip i draws the same numbers in whatever
-    micro-batch it comes"""
+    """Gradients and weights of one step on four clips in so many micro-batches, in float64;
+    clip i draws the same numbers in whatever micro-batch it comes"""
     pipe = digits_pipeline(5)
     state,batch = new_state(pipe, batch=4, accumulation=accumulation, r1_every=3, gamma=.5)
-    state = train.State.create(pipe.to(dtype=torch.float64), state.recipe, state.accelerator)
+    state = train.make_state(pipe.to(dtype=torch.float64), state.recipe, state.accelerator)
     state.heads.double()
     batch,g,found = batch.to(torch.float64),torch.Generator().manual_seed(0),{}
     eps = torch.randn(3, *batch.latents.shape, generator=g, dtype=torch.float64)
@@ -75,22 +81,22 @@ def gradients(monkeypatch, accumulation):
     def look_then_descend(s, joint):
         found.update(G=[p.grad.clone() for p in s.G.parameters()], heads=[p.grad.clone() for p in s.heads.parameters()])
         return descend(s, joint)
-    descend = train.descend
+    law = lambda levels: SimpleNamespace(sample=lambda n, g: levels[clips])
     with monkeypatch.context() as m:
-        m.setattr(train, 'descend', look_then_descend)
+        m.setattr('sfv_lite.sfv.descend', look_then_descend)
         for clips in torch.arange(4).chunk(accumulation):
             assert not found, "stepped before the last micro-batch"
             draws = iter(eps)
-            m.setattr(train, 'add_noise', lambda x, sigma, _: add_noise(x, sigma, next(draws)[clips]))
-            state.sigma_g,state.sigma_d = (SimpleNamespace(sample=lambda n, g, levels=o: levels[clips]) for o in (sigma_g,sigma_d))
+            m.setattr('sfv_lite.sfv.add_noise', lambda x, sigma, _: add_noise(x, sigma, next(draws)[clips]))
+            state.sigma_g,state.sigma_d = law(sigma_g),law(sigma_d)
             train.distil_step(state, batch[clips])
     assert state.step==1 and state.micro==accumulation
     return found,weights(state.G)+weights(state.heads)
 
 
 def test_micro_batches_add_up(monkeypatch):
-    """Two accumulated halves, or four quarters, give the gradients of G and of the heads, R1's included, and the weights that one batch
-    gives; float64, so that nothing hides in the rounding"""
+    """Two accumulated halves, or four quarters, give the gradients of G and of the heads, R1's included,
+    and the weights that one batch gives; float64, so that nothing hides in the rounding"""
     found,after = gradients(monkeypatch, 1)
     assert all(max(o.abs().max() for o in found[k])>1e-4 for k in found)
     for accumulation in (2,4):
@@ -100,26 +106,28 @@ def test_micro_batches_add_up(monkeypatch):
 
 
 def test_frozen_is_frozen(pipe):
-    """Steps, with R1 and without, move every weight of G and of the heads, and leave the encoder as it was: no change, no gradient, no
-    place in an optimiser"""
+    """Steps, with R1 and without, move every weight of G and of the heads, and leave the encoder as it was:
+    no change, no gradient, no place in an optimiser"""
     state,batch = new_state(pipe, r1_every=2)
     nets = dict(eye=state.D.encoder, G=state.G, heads=state.heads)
     before = {k:weights(o) for k,o in nets.items()}
     buffers = {k:v.clone() for k,v in state.D.encoder.state_dict().items()}
     for _ in range(3): train.distil_step(state, batch)
-    assert same(before['eye'], weights(state.D.encoder)) and all(torch.equal(v, buffers[k]) for k,v in state.D.encoder.state_dict().items())
+    assert same(before['eye'], weights(state.D.encoder))
+    assert all(torch.equal(v, buffers[k]) for k,v in state.D.encoder.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in state.D.encoder.parameters())
     stepped = {id(p) for opt in (state.opt_g,state.opt_d) for group in opt.param_groups for p in group['params']}
     assert not stepped & {id(p) for p in state.D.encoder.parameters()}
     assert stepped == {id(p) for k in ('G','heads') for p in nets[k].parameters()}
     for k in ('G','heads'):
         still = [n for (n,p),old in zip(nets[k].named_parameters(), before[k]) if torch.equal(p,old)]
-        assert len(still)<=.1*len(before[k]), (k,still) # attention to a single token has no use for its queries and keys
+        # attention to a single token has no use for its queries and keys
+        assert len(still)<=.1*len(before[k]), (k,still)
 
 
 def test_ema_is_the_average(pipe):
-    """After every step the shadow weights are d·shadow + (1−d)·G with diffusers' warm-up d = min(ema, (1+n)/(10+n)), n from 0, and d = 0
-    at first; they are not a copy of G"""
+    """After every step the shadow weights are d·shadow + (1−d)·G with diffusers' warm-up d = min(ema, (1+n)/(10+n)),
+    n from 0, and d = 0 at first; they are not a copy of G"""
     state,batch = new_state(pipe, ema=.2)
     shadow = weights(state.G)
     for step in range(4):
@@ -145,10 +153,14 @@ def test_head_start_leaves_G_alone(pipe):
 
 # runs that are cut off ----------------------------------------------------------------------------
 
-STEPS = dict(steps=4, head_start=2, save_every=3, accumulation=2, optimizer='sm3', lr_g=1e-4, lr_d=1e-3, schedule='cosine')
+STEPS = dict(steps=4, head_start=2, save_every=3, accumulation=2,
+    optimizer='sm3', lr_g=1e-4, lr_d=1e-3, schedule='cosine')
 
 
-def weights_on_disk(out): return {f'{o.parent.name}/{k}':v for o in sorted(Path(out).rglob('*.safetensors')) for k,v in load_file(o).items()}
+def weights_on_disk(out):
+    "Every tensor below a folder, by the name of its network and its own"
+    found = sorted(Path(out).rglob('*.safetensors'))
+    return {f'{o.parent.name}/{k}':v for o in found for k,v in load_file(o).items()}
 
 
 @pytest.fixture(scope='module')
@@ -161,8 +173,8 @@ def whole_run(base, tmp_path_factory):
 
 @pytest.mark.parametrize('how', ['ctrl-c', 'crash'])
 def test_resumed_run_is_the_same_run(how, whole_run, base, tmp_path, monkeypatch):
-    """Ctrl-C in the third step, or a crash in the fifth (state of the third on disk, fourth in the log): the resumed run ends with the
-    bits of the run in one go, weights, average and log"""
+    """Ctrl-C in the third step, or a crash in the fifth (state of the third on disk, fourth in the log):
+    the resumed run ends with the bits of the run in one go, weights, average and log"""
     step,calls = train.distil_step,[]
     def cut_off(*args):
         calls.append(1)
@@ -172,10 +184,12 @@ def test_resumed_run_is_the_same_run(how, whole_run, base, tmp_path, monkeypatch
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt if how=='ctrl-c' else RuntimeError):
         m.setattr(train, 'distil_step', cut_off)
         train.distil(recipe(**STEPS), tmp_path/'run', base)
-    assert json.loads((tmp_path/'run/state/progress.json').read_text())['step']==3 and not (tmp_path/'run/pipeline').exists()
+    assert json.loads((tmp_path/'run/state/progress.json').read_text())['step']==3
+    assert not (tmp_path/'run/pipeline').exists()
     assert len(log(tmp_path/'run')) == (3 if how=='ctrl-c' else 4)
     train.distil(recipe(**STEPS), tmp_path/'run', base, resume=True)
-    assert log(tmp_path/'run','seconds')==log(whole_run,'seconds') and [o['step'] for o in log(whole_run)]==list('123456')
+    assert log(tmp_path/'run','seconds')==log(whole_run,'seconds')
+    assert [o['step'] for o in log(whole_run)]==list('123456')
     old,new = weights_on_disk(whole_run),weights_on_disk(tmp_path/'run')
     assert old.keys()==new.keys() and [k for k in old if not torch.equal(old[k],new[k])]==[]
 
@@ -201,19 +215,21 @@ def test_pretraining_resumes_too(base, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ctrl_c_from_outside(base, tmp_path):
-    """SIGINT to a running `sfv-lite distil`: the step is finished, the state saved whole, one line says how to go on, no half pipeline
-    lies about; `--resume` finishes the run"""
-    out,limits = tmp_path/'run',sets(clips=8, batch=2, steps=16, head_start=0, log_every=1, save_every=1000, sample_every=1000)
+    """SIGINT to a running `sfv-lite distil`: the step is finished, the state saved whole,
+    one line says how to go on, no half pipeline lies about; `--resume` finishes the run"""
+    out = tmp_path/'run'
+    limits = sets(clips=8, batch=2, steps=16, head_start=0, log_every=1, save_every=1000, sample_every=1000)
     command = ['distil', '--base', base, '-o', out, *limits]
-    process = subprocess.Popen([sys.executable, '-c', 'import sys; from sfv_lite.cli import main; sys.exit(main())', *map(str, command)],
-        stderr=subprocess.PIPE, text=True)
+    code = 'import sys; from sfv_lite.cli import main; sys.exit(main())'
+    process = subprocess.Popen([sys.executable, '-c', code, *map(str, command)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic()+120
     while not (out/'log.csv').exists() and process.poll() is None and time.monotonic()<deadline: time.sleep(.05)
     process.send_signal(signal.SIGINT)
     _,err = process.communicate(timeout=120)
     said = [o for o in err.replace('\r','\n').splitlines() if 'error' in o.lower()]
     assert process.returncode==130 and 'Traceback' not in err, err
-    assert len(said)==1 and said[0].startswith('sfv-lite distil: error: stopped after step') and '--resume' in said[0], err
+    assert len(said)==1 and said[0].startswith('sfv-lite distil: error: stopped after step'), err
+    assert '--resume' in said[0], err
     assert err.endswith(said[0]+'\n')
     done = json.loads((out/'state/progress.json').read_text())['step']
     assert 1<=done<16 and len(log(out))==done
@@ -225,8 +241,8 @@ def test_ctrl_c_from_outside(base, tmp_path):
 
 
 def test_a_run_is_not_overwritten(whole_run, base, capsys):
-    """A folder that holds a run is refused without --resume, and with --resume when the recipe is another one, naming the key; not a byte
-    of it changes"""
+    """A folder that holds a run is refused without --resume, and with --resume when the recipe is another one,
+    naming the key; not a byte of it changes"""
     before = files(whole_run)
     command = ['distil', '--base', str(base), '-o', str(whole_run), *sets(**{**TINY, **STEPS})]
     assert main(command)!=0
@@ -241,8 +257,8 @@ def test_a_run_is_not_overwritten(whole_run, base, capsys):
 
 @pytest.mark.slow
 def test_two_processes_share_a_run(base, tmp_path):
-    """Two gloo processes: one log, one state, one pipeline, and the weights of both are the same at the end (the state that rank 0 wrote
-    is the one a run of one process would go on from)"""
+    """Two gloo processes: one log, one state, one pipeline, and the weights of both are the same at the end (the state
+    that rank 0 wrote is the one a run of one process would go on from)"""
     script = """if 1:
         import sys, torch, torch.distributed as dist
         from sfv_lite import train
@@ -256,16 +272,18 @@ def test_two_processes_share_a_run(base, tmp_path):
         assert dist.get_world_size()==2 and torch.equal(*sums), sums"""
     out,overrides = tmp_path/'run',{**TINY, **dict(steps=3, head_start=1, batch=4, sample_every=2)}
     (tmp_path/'two.py').write_text(script)
-    done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, tmp_path/'two.py', base, out, repr(overrides))
+    done = python(*TORCHRUN, tmp_path/'two.py', base, out, repr(overrides))
     assert done.returncode==0, done.stderr[-3000:]
-    assert [o['step'] for o in log(out)]==list('1234') and json.loads((out/'state/progress.json').read_text())['step']==4
+    assert [o['step'] for o in log(out)]==list('1234')
+    assert json.loads((out/'state/progress.json').read_text())['step']==4
     assert sorted(o.name for o in out.iterdir())==['log.csv','pipeline','recipe.json','samples','state']
     load_pipeline(out)
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_interrupted(base, tmp_path):
-    """SIGTERM, as schedulers send it, to one process of two and in the middle of a step: both end the same step, and the state is whole.
+    """SIGTERM, as schedulers send it, to one process of two and in the middle of a step:
+    both end the same step, and the state is whole.
     (Did each decide for itself, the other would wait in the next step for ever.)"""
     script = """if 1:
         import os, signal, sys
@@ -280,7 +298,7 @@ def test_one_of_two_processes_is_interrupted(base, tmp_path):
         else: raise SystemExit('was not stopped')"""
     out,overrides = tmp_path/'run',{**TINY, **dict(steps=12, head_start=0, batch=4)}
     (tmp_path/'two.py').write_text(script)
-    done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, tmp_path/'two.py', base, out, repr(overrides), timeout=200)
+    done = python(*TORCHRUN, tmp_path/'two.py', base, out, repr(overrides), timeout=200)
     assert done.returncode==0, done.stderr[-3000:]
     assert done.stdout.count('stopped after step 4 of 12')==2, done.stdout
     assert json.loads((out/'state/progress.json').read_text())['step']==4 and not (out/'pipeline').exists()

@@ -3,9 +3,10 @@ import shutil, threading, time
 from io import BytesIO
 import pytest
 from PIL import Image
-from sfv_lite.recipe import Recipe, save_recipe
-from sfv_lite.train import append_row
-from sfv_lite.video import moving_digits, save_clip, tile
+from sfv_lite.files import append_row, save_clip
+from sfv_lite.loop import save_recipe
+from sfv_lite.recipe import Recipe
+from sfv_lite.video import moving_digits, tile
 from sfv_lite.widgets import _moving, flip_book, watch
 
 
@@ -18,7 +19,9 @@ def run(tmp_path):
     return tmp_path/'run'
 
 
-def line(run, step): append_row(run/'log.csv', dict(step=step, seconds=60.*step, d_real=1., d_fake=.5*step, real_spatial0=.1, fake_spatial0=-.1))
+def line(run, step):
+    row = dict(step=step, seconds=60.*step, d_real=1., d_fake=.5*step, real_spatial0=.1, fake_spatial0=-.1)
+    append_row(run/'log.csv', row)
 def sample(run, step): save_clip(tile(moving_digits(4, step)[0], cols=2), run/'samples'/f'step_{step:06}.gif')
 
 
@@ -75,3 +78,37 @@ def test_panel_says_that_a_run_has_begun(tmp_path):
     save_recipe(Recipe.load('digits'), tmp_path/'new'/'recipe.json', verb='pretrain')
     wait_for(lambda: 'pretrain, step 0 of 7000' in panel.status.value)
     (tmp_path/'new'/'pipeline').mkdir()
+
+
+def test_a_closed_panel_looks_no_more(run):
+    before = set(threading.enumerate())
+    panel = watch(run, every=.05)
+    assert not set(threading.enumerate())<=before
+    panel.close()
+    wait_for(lambda: set(threading.enumerate())<=before)
+
+
+def test_a_run_begun_anew_in_its_folder(run, tmp_path):
+    "Nothing of the old run stays, neither while there is nothing new nor afterwards"
+    sample(run, 4)
+    panel = watch(run, every=.05)
+    assert panel.slider.options==('2','4') and panel.curves in panel.children
+    old = [bytes(o.value) for o in panel.stack.children]
+    shutil.rmtree(run)
+    wait_for(lambda: 'no run yet' in panel.status.value and not panel.stack.children)
+    assert panel.curves not in panel.children and panel.slider not in panel.children
+    save_recipe(Recipe.load('digits', steps=7), run/'recipe.json', verb='distil')
+    for i in range(1, 4): line(run, i)
+    save_clip(tile(moving_digits(4, 99)[0], cols=2), run/'samples'/'step_000002.gif')
+    wait_for(lambda: 'step 3' in panel.status.value and panel.slider.options==('2',))
+    assert len(panel.stack.children)==1 and bytes(panel.stack.children[0].value) not in old
+    (run/'pipeline').mkdir()
+
+
+def test_a_sample_drawn_anew_is_shown(run):
+    "The same name and the same number of lines, another picture"
+    panel = watch(run, every=.05)
+    old = bytes(panel.stack.children[0].value)
+    save_clip(tile(moving_digits(4, 99)[0], cols=2), run/'samples'/'step_000002.gif')
+    wait_for(lambda: panel.stack.children and bytes(panel.stack.children[0].value)!=old)
+    (run/'pipeline').mkdir()

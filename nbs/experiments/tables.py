@@ -1,19 +1,22 @@
-"""The runs behind the tables of notebook 10: every row, three seeds, the same exam. What is done is skipped, what was stopped goes on.
+"""The runs behind the tables of notebook 24: every row, three seeds, the same exam.
+What is done is skipped, what was stopped goes on.
 
     python nbs/experiments/tables.py FOLDER [--only ROW …] [--seeds 0 1 2] [--base digits-teacher] [--clips 2048]
 
-Runs and encoded clips lie in FOLDER (a few GB); figures in nbs/experiments/results, one small file a measurement. Two processes, each with
-its own seeds, may share FOLDER: `OMP_NUM_THREADS=1 taskset -c 0 python … --seeds 0` beside `… -c 1 … --seeds 1 2`."""
+Runs and encoded clips lie in FOLDER (a few GB); figures in nbs/experiments/results, one small file a measurement.
+Two processes, each with its own seeds, may share FOLDER:
+`OMP_NUM_THREADS=1 taskset -c 0 python … --seeds 0` beside `… -c 1 … --seeds 1 2`."""
 import argparse, functools, json, os, statistics
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from sfv_lite.baselines import LADD, consistency, teachers_clips
 from sfv_lite.evaluate import Exam, Way, make_clips
-from sfv_lite.recipe import Recipe, write_text
+from sfv_lite.files import read_rows, save_clip, write_text
+from sfv_lite.recipe import Recipe
 from sfv_lite.svd import Batch, Condition
-from sfv_lite.train import digit_batches, digit_clips, distil, read_rows
-from sfv_lite.video import labelled, moving_digits, save_clip
+from sfv_lite.train import digit_batches, digit_clips, distil
+from sfv_lite.video import labelled, moving_digits
 
 RESULTS = Path(__file__).parent/'results'
 ROWS = { # name → what it changes in [digits], and how often its student is asked
@@ -40,9 +43,11 @@ def remembered(clips, folder:Path):
 
 def train(name:str, seed:int, folder:Path, base:str)->Path:
     "One run, from where it is"
-    recipe,out = Recipe.load('digits', seed=seed, precision='no', **ROWS[name][0]),folder/f'{name} {seed}'.replace(' ','-')
+    recipe = Recipe.load('digits', seed=seed, precision='no', **ROWS[name][0])
+    out = folder/f'{name} {seed}'.replace(' ','-')
     if (out/'pipeline').exists(): return out/'pipeline'
-    clips = remembered(teachers_clips(Way(base,25)), folder/'made') if name=='ladd' else remembered(digit_clips, folder/'real')
+    if name=='ladd': clips = remembered(teachers_clips(Way(base,25)), folder/'made')
+    else: clips = remembered(digit_clips, folder/'real')
     run = consistency if name=='consistency' else distil
     return run(recipe, out, base, data=functools.partial(digit_batches, clips=clips), resume=out.exists())
 
@@ -57,8 +62,10 @@ def wall(folder:Path, base:str)->Path:
     "The same six first frames as every model makes them move"
     real,_ = moving_digits(6, 10_001, 'test')
     student = lambda name, steps=1: Way(str(folder/f'{name}-0'/'pipeline'), steps, renoise=steps>1)
-    ways = {'teacher, 25':Way(base,25), 'SF-V, 1':student('sf-v'), 'LADD, 1':student('ladd'), 'consistency, 1':student('consistency'), 'consistency, 2':student('consistency',2)}
-    return save_clip(labelled({'real':real} | {k:make_clips(way, real[:,0])[0] for k,way in ways.items()}, scale=2), RESULTS.parents[1]/'images'/'race.gif')
+    ways = {'teacher, 25':Way(base,25), 'SF-V, 1':student('sf-v'), 'LADD, 1':student('ladd'),
+        'consistency, 1':student('consistency'), 'consistency, 2':student('consistency',2)}
+    made = {k:make_clips(way, real[:,0])[0] for k,way in ways.items()}
+    return save_clip(labelled({'real':real} | made, scale=2), RESULTS.parents[1]/'images'/'race.gif')
 
 
 def main():
@@ -78,9 +85,12 @@ def main():
         if folder: way = Way(str(folder), way.steps, way.guidance, way.renoise)
         row,_ = exams().sit(way)
         if folder: row |= hinge(folder.parent)
-        write_text(file, json.dumps(row | {'clips by':name, 'steps':way.steps, 'guidance':way.guidance, 'seed':seed, 'device':device}, indent=1)+'\n')
+        row |= {'clips by':name, 'steps':way.steps, 'guidance':way.guidance, 'seed':seed, 'device':device}
+        write_text(file, json.dumps(row, indent=1)+'\n')
     if 'teacher' in a.only and 0 in a.seeds:
-        for steps,guidance in TEACHER: measure('teacher guided' if guidance>1 else 'teacher', 0, Way(a.base, steps, guidance))
+        for steps,guidance in TEACHER:
+            name = 'teacher guided' if guidance>1 else 'teacher'
+            measure(name, 0, Way(a.base, steps, guidance))
     for seed in a.seeds:
         for name in (o for o in ROWS if o in a.only):
             folder = train(name, seed, a.folder, a.base)

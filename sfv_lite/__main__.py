@@ -1,0 +1,5 @@
+"`python -m sfv_lite` is `sfv-lite`"
+import sys
+from .cli import main
+
+if __name__=='__main__': sys.exit(main())
