@@ -98,5 +98,5 @@ def test_memory_is_left_out_where_python_cannot_tell(monkeypatch):
     assert .1<measure.peak_memory()<64
     monkeypatch.setitem(sys.modules, 'resource', None)
     assert measure.peak_memory() is None
-    for name in ('step_cost','latency','ratios','start_up'): monkeypatch.setattr(measure, name, lambda *_, name=name: [])
+    for name in ('step_cost','latency','ratios','start_up'): monkeypatch.setattr(measure, name, lambda *_: [])
     assert list(measure.bench(Recipe.load('digits')))==['a training step','one clip','start-up','ratios']
