@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sfv_lite.loop.Log.__init__': ('loop.html#log.__init__', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Log.begin': ('loop.html#log.begin', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Log.end': ('loop.html#log.end', 'sfv_lite/loop.py'),
+                               'sfv_lite.loop.Log.note': ('loop.html#log.note', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Log.picture': ('loop.html#log.picture', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Log.write': ('loop.html#log.write', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Stop': ('loop.html#stop', 'sfv_lite/loop.py'),

@@ -188,6 +188,10 @@ class Log:
         self.bar = progress(self.accelerator, total=total, initial=step, desc=self.asked['verb'])
         return self.bar
 
+    def note(self, figures:dict[str,float])->None:
+        "Keep a micro-batch's figures until the next line"
+        self.rows.append(figures)
+
     def write(self, step:int, seconds:float)->None:
         "A line: means of the figures since the last one"
         if not self.rows: return
@@ -247,7 +251,7 @@ def loop(
     c,r = checkpoint,recipe
     with log.begin(c.step, total) as bar, Stop(c.accelerator) as stop:
         while c.step<total:
-            log.rows.append(step(next(batches)))
+            log.note(step(next(batches)))
             c.micro += 1
             if not c.accelerator.sync_gradients: continue # the gradients of more micro-batches are to come
             c.step += 1

@@ -1,7 +1,8 @@
 "Four wings, and nothing in them that is too large to be read: README, The house"
 import ast, json, re
-import pytest
+import nbformat, pytest
 from conftest import ROOT, python
+from nbclient import NotebookClient
 
 NUMBERED = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 CODE = [o for folder in ('sfv_lite','docs','tests','nbs/experiments') for o in sorted((ROOT/folder).glob('*.py'))]
@@ -77,3 +78,19 @@ def test_the_package_is_a_command(how):
     assert done.returncode==1 and done.stderr.strip()=='sfv-lite sample: error: nowhere.png: no such file'
     done = python(*how, '--version')
     assert done.returncode==0 and done.stdout.startswith('sfv-lite ')
+
+
+SOLVED = [o for o in NUMBERED if o.name<'10']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('notebook', SOLVED, ids=lambda o: o.stem)
+def test_solutions_run(notebook, tmp_path):
+    "Each chapter of the idea has exercises; the code in their folded solutions runs after the chapter's own"
+    nb = nbformat.read(notebook, 4)
+    prose = '\n'.join(o.source for o in nb.cells if o.cell_type=='markdown')
+    folded = re.findall(r'<details>.*?</details>', prose, re.S)
+    code = [c for block in folded for c in re.findall(r'```python\n(.*?)```', block, re.S)]
+    assert len(code)>=2
+    nb.cells += [nbformat.v4.new_code_cell(o) for o in code]
+    NotebookClient(nb, timeout=600, resources=dict(metadata=dict(path=str(notebook.parent)))).execute()

@@ -1,11 +1,14 @@
 "What is shipped: the wheel, the weights in it, and settings.ini"
 import configparser, dataclasses, json, re, zipfile
 from pathlib import Path
-import pytest
+import pytest, torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from conftest import ROOT, python
-from sfv_lite.pipelines import SHIPPED, WEIGHTS, pretrained
+from sfv_lite.pipelines import SHIPPED, WEIGHTS, load_pipeline, pretrained
 from sfv_lite.recipe import Recipe, settings_path
+from sfv_lite.svd import decode, encode
+from sfv_lite.video import moving_digits
 
 DEFAULT = re.search(r'^\[DEFAULT\]$(.*?)^\[', (ROOT/'settings.ini').read_text(), re.M|re.S)[1].strip().splitlines()
 
@@ -30,6 +33,8 @@ def test_wheel_is_whole(wheel, tmp_path):
 import sfv_lite
 from sfv_lite.pipelines import pretrained
 from sfv_lite.recipe import Recipe, settings_path
+from sfv_lite.svd import decode, encode
+from sfv_lite.video import moving_digits
 print(sfv_lite.__file__, settings_path(), pretrained('digits'), pretrained('digits-teacher'), sep='\\n')
 assert Recipe.load('digits').frames==8
 '''
@@ -71,6 +76,19 @@ def test_weights_are_small_and_safe():
         for part in ('unet','vae'): # the tower may stay in fp32: transformers opens it in the type it was saved in
             with safe_open(pretrained(name)/part/'diffusion_pytorch_model.safetensors', 'pt') as f:
                 assert {f.get_slice(k).get_dtype() for k in f.keys()} == {'F16'}, (name, part)
+
+
+def test_every_frame_is_decoded_well():
+    "At least 38 dB in each of the eight frames, and strokes without a tint: green within .01 of red and blue"
+    pipe = load_pipeline('digits')
+    x,_ = moving_digits(64, 77, 'test')
+    y = decode(pipe.vae, encode(pipe, x).latents)
+    psnr = 10*torch.log10(4/(y-x).square().mean((0,2,3,4)))
+    strokes = (x[:,:,0]>0).float()
+    green = ((y[:,:,1]-(y[:,:,0]+y[:,:,2])/2)*strokes).sum((0,2,3))/strokes.sum((0,2,3))
+    assert (psnr>=38).all() and (green.abs()<=.01).all(), (psnr, green)
+    vaes = [load_file(pretrained(o)/'vae'/'diffusion_pytorch_model.safetensors') for o in SHIPPED]
+    assert all(torch.equal(v, vaes[1][k]) for k,v in vaes[0].items())
 
 
 def test_shipped_weights_open_in_plain_diffusers(picture):

@@ -24,6 +24,7 @@ CARD = '''# {name}
 ```
 
 {seconds}
+The decoder of its VAE was then trained on, its encoder held: `python nbs/experiments/decoder.py FOLDER`.
 
 ## Figures
 
