@@ -1,6 +1,7 @@
-"""nbs/images/*.svg: `way-*`, the way of the data through the notebooks, one map each, its own box and arrows in front;
-and `step`, the picture of one step of SF-V. `--check` only says whether they are current."""
-import sys
+"""nbs/images: `way-*`, the way of the data through the notebooks, one map each, its own box and arrows in front;
+`step`, the picture of one step of SF-V; `clip-*`, our clip as a chapter left it, which the next one opens with.
+`--check` only says whether they are current."""
+import base64, json, sys
 from html import escape
 from pathlib import Path
 
@@ -134,13 +135,31 @@ def step():
     return svg(1240, 315, [*forward, *back, *boxes, cut, *names, key])
 
 
+# our clip -----------------------------------------------------------------------------------------
+
+def our_clip(notebook):
+    "Kind and bytes of the picture that the section `Our clip` of an executed chapter shows"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    start = next(i for i,o in enumerate(cells) if '## Our clip' in ''.join(o['source']))
+    shown = [o['data'] for c in cells[start:] for o in c.get('outputs',()) if 'data' in o]
+    kind,data = next((k,o[f'image/{k}']) for o in shown for k in ('gif','png') if f'image/{k}' in o)
+    return kind,base64.b64decode(data)
+
+
+def clips():
+    "File → bytes, of all chapters but the last"
+    chapters = sorted(IMAGES.parent.glob('0[0-5]_*.ipynb'))
+    return {IMAGES/f'clip-{o.name[:2]}.{kind}':data for o in chapters for kind,data in [our_clip(o)]}
+
+
 def main():
-    pictures = {IMAGES/f'way-{o.split()[0]}.svg':way(o) for o in BOXES} | {IMAGES/'step.svg':step()}
-    stale = [o for o,text in pictures.items() if not o.exists() or o.read_text(encoding='utf-8')!=text]
+    drawn = {IMAGES/f'way-{o.split()[0]}.svg':way(o) for o in BOXES} | {IMAGES/'step.svg':step()}
+    pictures = {o:text.encode() for o,text in drawn.items()} | clips()
+    stale = [o for o,data in pictures.items() if not o.exists() or o.read_bytes()!=data]
     if '--check' in sys.argv[1:]:
         names = ', '.join(o.name for o in stale)
         sys.exit(f"{names}: not current; run python docs/make_maps.py" if stale else 0)
-    for o in stale: o.write_text(pictures[o], encoding='utf-8')
+    for o in stale: o.write_bytes(pictures[o])
 
 
 if __name__=='__main__': main()

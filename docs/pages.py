@@ -57,6 +57,7 @@ def code_cell(cell):
         'remove-output': d.get('output')=='false'}
     prompt = ': '.join(filter(None, ['Source', ', '.join(names)]))
     shown = dict(code_prompt_show=prompt, code_prompt_hide=prompt)
+    if 'fig-alt' in d: shown['image'] = dict(alt=d['fig-alt'])
     return cell | dict(source=code, metadata=dict(tags=[k for k,on in tags.items() if on], mystnb=shown)),names
 
 

@@ -39,12 +39,13 @@ def test_imports_never_point_up(module):
 
 @pytest.mark.parametrize('notebook', [o for o in NUMBERED if MODULE[o.name] in IDEA], ids=lambda o: o.stem)
 def test_the_idea_needs_nothing_else(notebook):
-    "A chapter's own cells may open the shipped weights, and draw a table; all else comes from chapters"
+    "A chapter's own cells may open the shipped weights, draw a table or a slider; all else comes from chapters"
     lines = [line for c in cells(notebook) for line in c.splitlines()]
     extra = {o for line in lines for o in imported(line)} - set(IDEA)
-    assert extra <= {'pipelines','files'}, extra
-    others = [o for o in lines if imported(o) & {'pipelines','files'}]
-    assert set(others) <= {'from sfv_lite.pipelines import load_pipeline', 'from sfv_lite.files import table'}, others
+    assert extra <= {'pipelines','files','widgets'}, extra
+    others = [re.sub(r'explore_\w+', 'explore_…', o) for o in lines if imported(o) & extra]
+    assert set(others) <= {'from sfv_lite.pipelines import load_pipeline', 'from sfv_lite.files import table',
+        'from sfv_lite.widgets import explore_…'}, others
 
 
 @pytest.mark.parametrize('file', CODE, ids=lambda o: str(o.relative_to(ROOT)))
@@ -58,8 +59,22 @@ def test_lines_fit_on_a_screen(file):
 @pytest.mark.parametrize('notebook', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda o: o.stem)
 def test_cells_fit_on_a_screen(notebook):
     "120 characters in code; prose is wrapped by whoever shows it"
-    long = [line for c in cells(notebook) for line in c.splitlines() if len(line)>120]
+    long = [o for c in cells(notebook) for o in c.splitlines() if len(o)>120 and not o.startswith('#| fig-alt: ')]
     assert not long
+
+
+def pictures(notebook):
+    "Cells of a notebook that show a picture or a moving one"
+    nb = json.loads(notebook.read_text())
+    kinds = lambda c: {k.split('/')[0] for o in c.get('outputs',()) for k in o.get('data',())}
+    return [''.join(c['source']) for c in nb['cells'] if 'image' in kinds(c)]
+
+
+@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda o: o.stem)
+def test_pictures_have_words(notebook):
+    "For those who do not see them: `#| fig-alt:` of a cell that draws, the text in brackets of a picture in prose"
+    assert not [o for o in pictures(notebook) if not re.search(r'^#\| fig-alt: \w.{20,}', o, re.M)]
+    assert '![](' not in notebook.read_text()
 
 
 @pytest.mark.parametrize('module', ORDER)
