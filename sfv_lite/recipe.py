@@ -153,6 +153,9 @@ class Recipe:
     log_every:int = number(1)
     save_every:int = number(1)
     sample_every:int = number(1)
+    keep:int = number(1)
+    keep_every:int = number(0)
+    bad_steps:int = number(1)
     tracker:str = field()
     # drawn clips, and the VAE trained on them; missing elsewhere
     clips:int = number(1, default=None)
@@ -168,9 +171,16 @@ class Recipe:
     )->'Recipe':                 # raises `RecipeError`
         "Read a section on top of [DEFAULT], put the overrides on top of that, and check every value"
         path = Path(path) if path else settings_path()
-        where = f"{path.name} [{name}]"
+        return cls.from_values(f"{path.name} [{name}]", name, section(path, name) | overrides)
+
+    @classmethod
+    def from_values(cls,
+        where:str,   # for the error: file and section
+        name:str,
+        values:dict  # key → text or typed value
+    )->'Recipe':     # raises `RecipeError`
+        "Check every value"
         keys = {o.name:o for o in dataclasses.fields(cls) if o.name!='name'}
-        values = section(path, name) | overrides
         check_keys(where, values, keys)
         made = cls(name=name, **{k:checked(where, keys[k], v) for k,v in values.items()})
         if not (made.spatial or made.temporal):

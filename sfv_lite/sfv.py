@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['random_state', 'make_optimizer', 'rate', 'set_rate', 'learning', 'averaged', 'State', 'loss_of_d', 'mean_logits',
-           'loss_of_g', 'descend', 'one_step', 'distil_step']
+           'loss_of_g', 'clipped', 'descend', 'gradients', 'fetched', 'distil_step']
 
 # %% ../nbs/06_sfv.ipynb #3deee00b
 import contextlib, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -88,6 +88,11 @@ class State:
     plain:object=contextlib.nullcontext # `plain(encoder)`: a context within which the eye is without G's additions
     step:int=0       # optimiser steps done
     micro:int=0      # micro-batches done
+    figures:list=field(default_factory=list) # of the step's micro-batches so far, on the device
+    @property
+    def joint(self)->bool:
+        "Whether G learns yet: D has its head start"
+        return self.step>=self.recipe.head_start
 
     @classmethod
     def create(cls,
@@ -150,36 +155,39 @@ def loss_of_g(
     return adv + state.recipe.lam*recon, dict(adv=adv, recon=recon)
 
 # %% ../nbs/06_sfv.ipynb #7dd35c68
+def clipped(
+    accelerator:Accelerator,
+    params:list[nn.Parameter],
+    limit:float, # largest norm of the gradient; 0: none
+    of:str       # "g" or "d"
+)->dict[str,Tensor]: # norm of the gradient before, and the largest weight
+    "Clip the gradient of a network, and measure both"
+    largest = torch.stack(torch._foreach_norm([p.detach() for p in params], math.inf)).max()
+    return {f'grad_{of}':accelerator.clip_grad_norm_(params, limit or math.inf), f'weight_{of}':largest}
+
 def descend(
-    state:State,
-    joint:bool # whether G steps too
-)->dict[str,Tensor]: # gradient norms before clipping
-    "Set both rates, clip, step both optimisers, move the average"
+    state:State
+)->None:
+    "Set both rates, step both optimisers, move the average"
     s,r = state,state.recipe
-    limit,steps_of_g = r.clip_norm or math.inf,s.step-r.head_start
+    steps_of_g = s.step-r.head_start
     rises,falls = rate(s.step, r.steps, r.warmup),rate(max(steps_of_g,0), r.steps, 0, r.schedule)
     set_rate(s.opt_d, r.lr_d*rises*falls) # rises from its own start, falls with G's
-    norms = dict(grad_d=s.accelerator.clip_grad_norm_(s.heads.parameters(), limit))
     s.opt_d.step()
-    if joint:
+    if s.joint:
         set_rate(s.opt_g, r.lr_g*rate(steps_of_g, r.steps, r.warmup, r.schedule))
-        norms['grad_g'] = s.accelerator.clip_grad_norm_(learning(s.G), limit)
         s.opt_g.step()
         s.ema.step(learning(s.G))
-    s.opt_d.zero_grad()
-    s.opt_g.zero_grad()
-    return norms
 
 # %% ../nbs/06_sfv.ipynb #83e21477
-def one_step(
-    state:State, # read and written
+def gradients(
+    state:State, # read; its count of micro-batches is written
     batch:Batch  # one micro-batch, on the accelerator's device
-)->dict[str,Tensor]: # losses, R1, gradient norms, mean logits of each head
+)->dict[str,Tensor]: # losses, R1, mean logits of each head
     "One micro-batch of SF-V: once forward and back through G, one pass of the frozen encoder each for real and fake"
-    s,acc,x0,cond = state,state.accelerator,batch.latents,batch.cond
+    s,acc,x0,cond,joint = state,state.accelerator,batch.latents,batch.cond,state.joint
     g = random_state(s.recipe.seed, s.micro, acc.process_index)
     eps = lambda: torch.randn(x0.shape, generator=g).to(x0)
-    joint = s.step>=s.recipe.head_start                                # D has its head start, then G joins in
     with acc.accumulate(s.G, s.heads):
         # 1. the generator's guess, and the place to cut its graph
         sigma = s.sigma_g.sample(len(x0),g).to(x0)
@@ -199,18 +207,39 @@ def one_step(
                 grad, = torch.autograd.grad(loss, leaf)
                 log |= more
             del loss,real,fake
-        # 4. … and carried through G once; then both step
+        # 4. … and carried through G once
         if joint: acc.backward(x0_hat, gradient=grad)
-        if acc.sync_gradients: log |= descend(s, joint)
     s.micro += 1
-    s.step += acc.sync_gradients
     return log
 
 # %% ../nbs/06_sfv.ipynb #f4be009d
+@torch.no_grad()
+def fetched(
+    accelerator:Accelerator,
+    figures:list[dict[str,Tensor]] # scalars by name, a dict a micro-batch; a name may be missing in some
+)->dict[str,float]: # their means; `skipped` = 1 if any process has one that is not finite
+    "A step's figures from the device, all together"
+    names = list(dict.fromkeys(k for o in figures for k in o))
+    means = torch.stack([torch.stack([o[k].float() for o in figures if k in o]).mean() for k in names])
+    wrong = (~means.isfinite()).any().float()
+    if accelerator.num_processes>1: wrong = accelerator.reduce(wrong)
+    *means,wrong = torch.cat([means, wrong.view(1)]).tolist()
+    return dict(zip(names, means)) | ({'skipped':1.} if wrong else {})
+
 def distil_step(
     state:State, # read and written
     batch:Batch  # one micro-batch, on the accelerator's device
-)->dict[str,float]: # losses, R1, gradient norms, mean logits of each head
-    "`one_step`, its figures fetched from the device in one go"
-    log = one_step(state, batch)
-    return dict(zip(log, torch.stack([o.detach().float() for o in log.values()]).tolist()))
+)->dict[str,float]: # at a step's last micro-batch, the means of: losses, R1, gradient norms, logits of each head
+    "A micro-batch; with the last of a step both networks move, unless a number is not finite: then the step is skipped"
+    s,limit = state,state.recipe.clip_norm
+    s.figures.append(gradients(s, batch))
+    if not s.accelerator.sync_gradients: return {}
+    s.figures.append(clipped(s.accelerator, list(s.heads.parameters()), limit, 'd'))
+    if s.joint: s.figures.append(clipped(s.accelerator, learning(s.G), limit, 'g'))
+    figures = fetched(s.accelerator, s.figures)
+    s.figures.clear()
+    if 'skipped' not in figures:
+        descend(s)
+        s.step += 1
+    for opt in (s.opt_d,s.opt_g): opt.zero_grad()
+    return figures

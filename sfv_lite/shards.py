@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ROW_GROUP', 'START', 'TALLIES', 'encode_clips', 'fingerprint', 'read_json', 'progress', 'prepare',
-           'dry_run', 'Filling', 'locked']
+           'dry_run', 'Filling']
 
 # %% ../nbs/14a_shards.ipynb #70aaf3fc
 import contextlib, dataclasses, hashlib, itertools, json, os
@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm.auto import tqdm
 from .edm import LogNormal, add_noise
+from .files import locked
 from .films import Became, Cutting, printable
 from .footage import Marks, Seen, Sheet, Worth, decoded, find_films, motion_bucket
 from .pipelines import check_size, load_pipeline
@@ -144,7 +145,7 @@ def prepare(
         g = torch.Generator().manual_seed(seed + 1_000_003*n)
         arrays = encode_clips(pipe, x, levels, g, noisy)
         return [{k:v[i].tobytes() for k,v in arrays.items()} for i in range(len(x))]
-    with locked(out):
+    with locked(out, 'prepare'):
         _agree(out/'manifest.json', manifest)
         notes = progress(out)
         here = notes[-1] if notes else START
@@ -266,15 +267,6 @@ def _report(notes:list[dict], found)->dict:
         contrast=added('contrast'), **{k:dict(v) for k,v in tallies.items()})
 
 # %% ../nbs/14a_shards.ipynb #f4dda1e4
-def locked(out:Path):
-    "Nobody else writes here; the lock is gone with its process"
-    from filelock import FileLock, Timeout
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out/'.lock', timeout=0)
-    try: return lock.acquire()
-    except Timeout: pass
-    raise FileExistsError(f"{out}: another prepare is writing here; wait for it, or choose another folder")
-
 def _agree(file:Path, manifest:dict)->None:
     "Go on only with what was begun"
     if not file.exists(): return _write_json(file, manifest)

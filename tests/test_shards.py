@@ -7,7 +7,8 @@ from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite.cli import main
 from sfv_lite.files import load_clip, save_clip
 from sfv_lite.films import Cutting, clips_of
-from sfv_lite.shards import locked, prepare
+from sfv_lite.files import locked
+from sfv_lite.shards import prepare
 from sfv_lite.stream import load_manifest, open_shards, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import moving_digits, to_uint8
@@ -204,7 +205,7 @@ def test_no_space_left(good, base, shards, tmp_path, monkeypatch, capsys):
 
 def test_a_second_prepare_refuses(good, base, tmp_path):
     "As long as one works on a folder, another one is turned away; afterwards it may"
-    with locked(tmp_path/'out'):
+    with locked(tmp_path/"out", "prepare"):
         done = sfv('prepare', good, '-o', tmp_path/'out', '--base', base)
         assert done.returncode==1 and 'another prepare is writing here' in done.stderr
         assert files(tmp_path/'out').keys()<={'.lock'}
