@@ -10,25 +10,29 @@ MINE,OTHER,BLUE,INK = '#c2410c','#9ca3af','#2563eb','#111827'
 
 # the maps -----------------------------------------------------------------------------------------
 
-W,H,COL,ROW = 116,42,182,72 # of a box; from one to the next
-WINGS = {0:'I  the idea', 1:'II  at work', 3:'III  is it any good', 4:'IV  faces'} # by row
+W,H,COL,ROW = 124,42,182,72 # of a box; from one to the next
+WINGS = {0:'I  the idea', 1:'II  at work', 4:'III  is it any good', 5:'IV  faces'} # by row
 BOXES = { # notebook → column, row, what is in it
     '00 video':(0,0,'clips'), '01 edm':(1,0,'noise levels'), '02 svd':(2,0,'the network'),
     '03 sampling':(3,0,'noise to clip'), '04 heads':(4,0,'two judges'), '05 objective':(5,0,'losses'),
     '06 sfv':(6,0,'one step'), '11 files':(0,1,'whole or not'), '12 pipelines':(1,1,'stock folders'),
     '13a shots':(2,1,'where cuts are'), '13b films':(3,1,'films to clips'), '13c footage':(4,1,'folders to clips'),
     '14a shards':(5,1,'clips to latents'), '14b stream':(6,1,'dealt out'), '10 recipe':(2,2,'every number'),
-    '15 fit':(3,2,'less memory'), '16 loop':(4,2,'a run survives'), '17 train':(5,2,'three runs'),
-    '18 export':(6,2,'to give away'), '24 baselines':(2,3,'rivals'), '23 evaluate':(3,3,'how good'),
-    '22 judge':(4,3,'a distance'), '20 measure':(5,3,'what it takes'), '21 plan':(6,3,'what it costs'),
-    '30a verbs':(5,4,'each verb'), '30b cli':(6,4,'one command'), '31 widgets':(3,4,'to touch')}
+    '15 fit':(3,2,'less memory'), '11b inspection':(0,2,'from strangers'), '16a runs':(2,3,'one owner'),
+    '16b checkpoint':(3,3,'whole states'), '16c health':(4,3,'bad signs'), '16d loop':(4,2,'a run survives'),
+    '17 train':(5,2,'three runs'), '18 export':(6,2,'to give away'), '18b reproduce':(6,3,'once more'),
+    '24 baselines':(2,4,'rivals'), '23 evaluate':(3,4,'how good'), '22 judge':(4,4,'a distance'),
+    '20 measure':(5,4,'what it takes'), '21 plan':(6,4,'what it costs'),
+    '30a verbs':(5,5,'each verb'), '30b cli':(6,5,'one command'), '31 widgets':(3,5,'to touch')}
 ARROWS = [
     ('00 video','01 edm','clips'), ('01 edm','02 svd','levels'), ('02 svd','03 sampling','guesses'),
     ('02 svd','04 heads','features'), ('04 heads','05 objective','logits'), ('05 objective','06 sfv','losses'),
-    ('02 svd','12 pipelines','networks'), ('11 files','12 pipelines','folders'), ('13a shots','13b films','shots'),
+    ('02 svd','12 pipelines','networks'), ('13a shots','13b films','shots'),
     ('13b films','13c footage','clips'), ('13c footage','14a shards','clips'), ('14a shards','14b stream','shards'),
-    ('14b stream','17 train','batches'), ('06 sfv','17 train','a step'), ('15 fit','16 loop','LoRA'),
-    ('16 loop','17 train','the loop'), ('10 recipe','16 loop','numbers'), ('17 train','18 export','students'),
+    ('14b stream','17 train','batches'), ('06 sfv','17 train','a step'), ('15 fit','16d loop','LoRA'),
+    ('16d loop','17 train','the loop'), ('10 recipe','16a runs','numbers'), ('16a runs','16b checkpoint','a run'),
+    ('16b checkpoint','16c health','states'), ('16c health','16d loop','signs'), ('11 files','11b inspection','folders'),
+    ('11b inspection','12 pipelines','inspected'), ('18 export','18b reproduce','bases'), ('17 train','18 export','students'),
     ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('22 judge','23 evaluate','distance'),
     ('17 train','23 evaluate','students'), ('23 evaluate','24 baselines','marks'), ('18 export','30a verbs','runs'),
     ('30a verbs','30b cli','verbs'), ('23 evaluate','31 widgets','logs')]
@@ -105,7 +109,7 @@ def way(here):
     arrows = sorted((way_arrow(*o, here) for o in ARROWS), key=lambda o:'url(#mine)' in o)
     boxes = [box(way_centre(o), W, H, o==here, o, BOXES[o][2]) for o in BOXES]
     signs = [label(4, i*ROW+12, o, 'start', '#6b7280') for i,o in WINGS.items()]
-    return svg(6*COL+W+8, 4*ROW+H+22, [*arrows, *boxes, *signs])
+    return svg(6*COL+W+8, 5*ROW+H+22, [*arrows, *boxes, *signs])
 
 
 # one step -----------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from einops import rearrange
 from torch import Tensor
 from .edm import add_noise, karras_sigmas
 from .evaluate import Way
-from .loop import Checkpoint, Log, claim, deliver, loop, make_accelerator, micro_batch
+from .checkpoint import Checkpoint, load
+from .loop import Log, deliver, loop
+from .runs import claim, make_accelerator, micro_batch
 from .objective import pseudo_huber
 from .pipelines import load_pipeline
 from .recipe import Recipe
@@ -88,24 +90,24 @@ def consistency(
     """Consistency distillation with an averaged target, as AnimateLCM does; steps, batch, rates and average as the
     recipe says for G"""
     acc,r = make_accelerator(recipe, out),recipe
-    asked = claim(f'consistency, {rungs} rungs, guidance {guidance:g}', out, r, acc, base, data, resume)
-    pipe = load_pipeline(base).to(acc.device)
-    teacher = Denoiser(copy.deepcopy(pipe.unet)).eval().requires_grad_(False)
-    student,ladder = Denoiser(pipe.unet).train(),karras_sigmas(rungs)
-    ema = EMAModel(student.parameters(), decay=r.ema, foreach=True)
-    student,opt = acc.prepare(student, make_optimizer(student.parameters(), r, r.lr_g))
-    def target(*args):
-        with averaged(ema, student): return student(*args)
-    checkpoint,n = Checkpoint(out, acc, ema).load(),micro_batch(r, acc)
-    batches,held = (data or digit_batches)(pipe, r, n, acc, checkpoint.micro),shown_clips(pipe, r, acc, data, n)
-    def loss(batch, micro):
-        g = random_state(r.seed, micro, acc.process_index)
-        return consistency_loss(student, target, teacher, batch, ladder, guidance, g)
-    def show():
-        levels,g = karras_sigmas(5).flip(0)[:-1],random_state(r.seed,0)
-        with averaged(ema, student): made = sample_consistency(student, held.cond, fixed_noise(held), levels, g)
-        return beside(pipe, held, made)
-    def lr(step): return r.lr_g*rate(step, r.steps, r.warmup, r.schedule)
-    step = one_network(loss, student, opt, checkpoint, lr, r.clip_norm)
-    loop(step, batches, r.steps, r, checkpoint, Log(out, asked, r, acc), show)
-    return deliver(out, checkpoint, pipe, student)
+    with claim(f'consistency, {rungs} rungs, guidance {guidance:g}', out, r, acc, base, data, resume) as run:
+        pipe = load_pipeline(base).to(acc.device)
+        teacher = Denoiser(copy.deepcopy(pipe.unet)).eval().requires_grad_(False)
+        student,ladder = Denoiser(pipe.unet).train(),karras_sigmas(rungs)
+        ema = EMAModel(student.parameters(), decay=r.ema, foreach=True)
+        student,opt = acc.prepare(student, make_optimizer(student.parameters(), r, r.lr_g))
+        def target(*args):
+            with averaged(ema, student): return student(*args)
+        checkpoint,n = load(Checkpoint(run, ema)),micro_batch(r, acc)
+        batches,held = (data or digit_batches)(pipe, r, n, acc, checkpoint.micro),shown_clips(pipe, r, acc, data, n)
+        def loss(batch, micro):
+            g = random_state(r.seed, micro, acc.process_index)
+            return consistency_loss(student, target, teacher, batch, ladder, guidance, g),{}
+        def show():
+            levels,g = karras_sigmas(5).flip(0)[:-1],random_state(r.seed,0)
+            with averaged(ema, student): made = sample_consistency(student, held.cond, fixed_noise(held), levels, g)
+            return beside(pipe, held, made)
+        def lr(step): return r.lr_g*rate(step, r.steps, r.warmup, r.schedule)
+        step = one_network(loss, student, opt, checkpoint, lr, r.clip_norm)
+        loop(step, batches, r.steps, checkpoint, Log(run), show)
+        return deliver(checkpoint, pipe, student)

@@ -6,7 +6,7 @@
 __all__ = ['within', 'Verb', 'parser', 'complaint', 'main']
 
 # %% ../nbs/30b_cli.ipynb #777f5202
-import argparse, os, sys
+import argparse, contextlib, os, sys
 from pathlib import Path
 import sfv_lite
 from . import verbs
@@ -41,7 +41,7 @@ class Verb:
         self.parser = verbs.add_parser(name, help=help, description=help)
         self.parser.set_defaults(run=run, verb=name)
         self.parser.add_argument('-o','--out', type=Path, default=out, help=f"where to write (default: {out})")
-        self.option('--seed', within(int,0), None, "of all randomness", "the recipe's, or 0")
+        self.option('--seed', within(int,0,2**32-1), None, "of all randomness", "the recipe's, or 0")
         self.flag('--debug', "show the traceback of an error")
 
     def option(self, name, kind, default, help, said=None, **more):
@@ -146,6 +146,13 @@ def _export(all_verbs)->None:
     v.option('--dtype', str, 'fp16', "of UNet and VAE in the files", choices=('fp32','fp16','bf16'))
     v.option('--variant', str, None, "a word in the files' names, such as the public checkpoint's fp16", "none")
 
+def _reproduce(all_verbs)->None:
+    "The same once more"
+    help = "make a finished run again, as its recipe.json says, and compare what came out"
+    v = Verb(all_verbs, 'reproduce', verbs.reproduce, help, 'again')
+    v.parser.add_argument('run_folder', metavar='RUN', help="folder of a finished vae, pretrain or distil")
+    v.flag('--resume', "go on where an earlier reproduce into OUT stopped")
+
 # %% ../nbs/30b_cli.ipynb #54cfea3d
 def _plan(all_verbs)->None:
     "What a run will take"
@@ -190,7 +197,7 @@ def parser()->argparse.ArgumentParser:
     p = _Parser('sfv-lite', description="SF-V: image-to-video in one forward pass, taught and trained")
     p.add_argument('--version', action='version', version=f'sfv-lite {sfv_lite.__version__}')
     all_verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
-    for add in (_demo,_sample,_export,_prepare,_train,_plan,_evaluate,_judge,_bench): add(all_verbs)
+    for add in (_demo,_sample,_export,_reproduce,_prepare,_train,_plan,_evaluate,_judge,_bench): add(all_verbs)
     return p
 
 # %% ../nbs/30b_cli.ipynb #679520db
@@ -214,18 +221,27 @@ def complaint(
     return f"sfv-lite {verb}: error: {' '.join(text.split())}"
 
 # %% ../nbs/30b_cli.ipynb #c06fe3cf
+@contextlib.contextmanager
+def _environment(wanted:dict[str,str]):
+    "With these variables, unless they are set; and without them afterwards, for whoever calls from a notebook"
+    ours = {k:v for k,v in wanted.items() if k not in os.environ}
+    os.environ.update(ours)
+    try: yield
+    finally:
+        for k in ours: os.environ.pop(k, None)
+
 def main(argv:list[str]|None=None)->int:
     "Run a verb; 0 only on success, one line on stderr otherwise"
     args = parser().parse_args(argv)
     words = [o for v in vars(args).values() for o in (v if isinstance(v,list) else [v])]
     asks_hub = any(str(o).startswith('hub:') for o in words)
     quiet = dict(HF_HUB_OFFLINE='0' if asks_hub else '1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error')
-    for k,v in quiet.items(): os.environ.setdefault(k, v)
-    try: return args.run(args) or 0
-    except (Exception,KeyboardInterrupt) as e:
-        if args.debug: raise
-        print(complaint(args.verb, e), file=sys.stderr)
-        return 130 if isinstance(e, KeyboardInterrupt) else 1
+    with _environment(quiet):
+        try: return args.run(args) or 0
+        except (Exception,KeyboardInterrupt) as e:
+            if args.debug: raise
+            print(complaint(args.verb, e), file=sys.stderr)
+            return 130 if isinstance(e, KeyboardInterrupt) else 1
 
 # %% ../nbs/30b_cli.ipynb #6d2bcfc3
 if (__name__,__package__)==('__main__','sfv_lite'): sys.exit(main())

@@ -59,7 +59,7 @@ class LogNormal:
 
     def sample(self, n:int, generator:torch.Generator|None=None)->Tensor:
         "`(n,)` noise levels"
-        return (self.p_mean + self.p_std*torch.randn(n, generator=generator)).exp()
+        return (self.p_mean + self.p_std*torch.randn(n, generator=generator, dtype=torch.float32)).exp()
 
 # %% ../nbs/01_edm.ipynb #c0d90ff1
 class DiscreteLevels:

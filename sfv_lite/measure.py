@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 from .edm import karras_sigmas
-from .loop import make_accelerator, micro_batch
+from .runs import make_accelerator, micro_batch
 from .objective import hinge_g, r1
 from .pipelines import load_pipeline
 from .recipe import Recipe

@@ -147,7 +147,7 @@ class Recipe:
     teacher_ema:float = number(0, below=1)
     cond_dropout:float = number(0,1)
     # seed, precision, and how often a run reports
-    seed:int = number(0)
+    seed:int = number(0, 2**32-1)
     precision:str = choice('auto','bf16','no')
     checkpointing:bool = field()
     log_every:int = number(1)

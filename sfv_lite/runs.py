@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'IDENTITY', 'computes_in_bf16', 'make_accelerator', 'micro_batch', 'progress', 'as_asked', 'asked_of',
-           'steps_of', 'recipe_of', 'touched', 'provenance', 'revision', 'processor', 'Run', 'claim', 'beside',
-           'may_go_on']
+           'steps_of', 'recipe_of', 'touched', 'provenance', 'revision', 'processor', 'Run', 'claim', 'let_go',
+           'beside', 'may_go_on']
 
 # %% ../nbs/16a_runs.ipynb #1c5f7709
 import dataclasses, json, os, platform, shlex, subprocess, sys
@@ -160,9 +160,16 @@ class Run:
         before = asked_of(self.out).get('made_with', [])
         said = self.asked | dataclasses.asdict(self.recipe) | dict(made_with=[*before, provenance(self.accelerator)])
         write_text(self.out/'recipe.json', json.dumps(said, indent=1)+'\n')
-    def __enter__(self)->'Run': return self
+    def __enter__(self)->'Run':
+        "A session of Python may have other habits; training needs these"
+        self.habits = torch.get_default_dtype(),torch.is_grad_enabled()
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        return self
     def __exit__(self, *_):
-        if self.lock: self.lock.release()
+        torch.set_default_dtype(self.habits[0])
+        torch.set_grad_enabled(self.habits[1])
+        let_go(self.out, self.lock)
 
 IDENTITY = 'verb','base_is','data_is','processes'
 
@@ -190,8 +197,16 @@ def claim(
         elif resume and accelerator.is_main_process: print(f'{out}: holds no run yet; one begins', file=sys.stderr)
         return Run(out, asked, recipe, accelerator, begun, lock)
     except BaseException:
-        if lock: lock.release()
+        let_go(out, lock)
         raise
+
+def let_go(out:Path, lock)->None:
+    "Unlock a folder; where nothing came of it, it is gone again"
+    if not lock: return
+    lock.release()
+    if [o.name for o in out.iterdir()]==['.lock']:
+        (out/'.lock').unlink()
+        out.rmdir()
 
 def beside(base, out:Path)->str|None:
     "Where a base lies, seen from the run: the two may be moved together"
@@ -203,7 +218,7 @@ def may_go_on(out:Path, asked:dict, recipe:Recipe, resume:bool)->None:
     before = asked_of(out)
     now = asked | touched(recipe)
     for key in (*IDENTITY, *touched(recipe)):
-        if before.get(key)==now[key]: continue
+        if before.get(key)==now[key] and (key!='data_is' or now[key] or before['data']==now['data']): continue
         if key=='base_is': said = f"base {before['base']}, whose files were others than those of {asked['base']}"
         elif key=='data_is': said = f"data {before['data']}, whose clips were others than those of {asked['data']}"
         else: said = f"{key} = {before.get(key)}, not {now[key]}"

@@ -159,11 +159,11 @@ def clipped(
     accelerator:Accelerator,
     params:list[nn.Parameter],
     limit:float, # largest norm of the gradient; 0: none
-    of:str       # "g" or "d"
+    of:str=""    # "_g" or "_d" where there are two networks
 )->dict[str,Tensor]: # norm of the gradient before, and the largest weight
     "Clip the gradient of a network, and measure both"
     largest = torch.stack(torch._foreach_norm([p.detach() for p in params], math.inf)).max()
-    return {f'grad_{of}':accelerator.clip_grad_norm_(params, limit or math.inf), f'weight_{of}':largest}
+    return {f'grad{of}':accelerator.clip_grad_norm_(params, limit or math.inf), f'weight{of}':largest}
 
 def descend(
     state:State
@@ -234,8 +234,8 @@ def distil_step(
     s,limit = state,state.recipe.clip_norm
     s.figures.append(gradients(s, batch))
     if not s.accelerator.sync_gradients: return {}
-    s.figures.append(clipped(s.accelerator, list(s.heads.parameters()), limit, 'd'))
-    if s.joint: s.figures.append(clipped(s.accelerator, learning(s.G), limit, 'g'))
+    s.figures.append(clipped(s.accelerator, list(s.heads.parameters()), limit, '_d'))
+    if s.joint: s.figures.append(clipped(s.accelerator, learning(s.G), limit, '_g'))
     figures = fetched(s.accelerator, s.figures)
     s.figures.clear()
     if 'skipped' not in figures:

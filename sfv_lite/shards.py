@@ -16,9 +16,10 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm.auto import tqdm
 from .edm import LogNormal, add_noise
-from .files import locked
+from .files import digest, flush, locked
 from .films import Became, Cutting, printable
 from .footage import Marks, Seen, Sheet, Worth, decoded, find_films, motion_bucket
+from .inspection import not_finite
 from .pipelines import check_size, load_pipeline
 from .svd import image_embeds
 
@@ -47,7 +48,10 @@ def encode_clips(
     latents = rearrange(latents, '(b t) c h w -> b t c h w', b=len(x))
     embeds = image_embeds(pipe, x[:,0].to(vae.device))[:,0].float().cpu()
     arrays = latents,by_clip(look(first)),embeds,by_clip(sigma)
-    return {k: v.half().numpy() if k!='noise_aug' else v.numpy() for k,v in zip(COLUMNS, arrays)}
+    arrays = {k: v.half() if k!='noise_aug' else v for k,v in zip(COLUMNS, arrays)}
+    if bad := not_finite({k:[v] for k,v in arrays.items()}):
+        raise FloatingPointError(f"{' and '.join(bad)} of a clip are not finite in half precision; is this the VAE's own tower and scale?")
+    return {k:v.numpy() for k,v in arrays.items()}
 
 # %% ../nbs/14a_shards.ipynb #c8e8b42d
 def fingerprint(
@@ -88,6 +92,7 @@ def _whole(path:Path):
     part = path.with_name(f'.{path.name}.part')
     try:
         yield part
+        flush(part)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
@@ -104,6 +109,7 @@ def _write_shard(out:Path, name:str, rows:list[dict], note:dict)->None:
         first = next(tables)
         with _whole(out/f'{name}.parquet') as part, pq.ParquetWriter(part, first.schema) as file:
             for o in itertools.chain([first], tables): file.write_table(o)
+        note = note | dict(sha256=digest(out/f'{name}.parquet'))
     _write_json(out/f'{name}.json', note)
 
 # %% ../nbs/14a_shards.ipynb #c7a4c20c

@@ -7,7 +7,7 @@ __all__ = ['digit_clips', 'digit_batches', 'shown_clips', 'fixed_noise', 'beside
            'drop_condition', 'edm_loss', 'one_network', 'pretrain', 'make_state', 'distil']
 
 # %% ../nbs/17_train.ipynb #64c309ca
-import dataclasses, itertools, math
+import dataclasses, itertools
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -15,13 +15,16 @@ from diffusers.training_utils import EMAModel
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from .checkpoint import Checkpoint, load
 from .edm import LogNormal, add_noise, karras_sigmas, loss_weight
 from .fit import checkpoint_blocks, learn_little, without_lora
-from .loop import Checkpoint, Log, claim, deliver, loop, make_accelerator, micro_batch, progress
+from .loop import Log, deliver, loop
 from .pipelines import check_size, load_pipeline
 from .recipe import Recipe, RecipeError
+from .runs import claim, make_accelerator, micro_batch, progress
 from .sampling import sample_euler, sample_once
-from .sfv import State, averaged, distil_step, random_state, rate, set_rate
+from .sfv import State, averaged, clipped, distil_step, fetched, random_state, rate, set_rate
+from .stream import Dealt
 from .svd import Batch, Condition, Denoiser, decode, digits_pipeline, encode
 from .video import CANVAS, N_FRAMES, moving_digits
 
@@ -55,9 +58,9 @@ def digit_batches(
         bar = progress(accelerator, sizes, 'encode', leave=False)
         data = Batch.cat([clips(pipe, recipe, n, recipe.seed*1_000_003+i) for i,n in enumerate(bar)])
         for k in itertools.count(start):
-            g = random_state(recipe.seed+1, k, accelerator.process_index)
-            yield data[torch.randint(len(data), (batch,), generator=g)].to(accelerator.device)
-    return forever()
+            i = torch.randint(len(data), (batch,), generator=random_state(recipe.seed+1, k, accelerator.process_index))
+            yield data[i].to(accelerator.device),i.tolist()
+    return Dealt(forever())
 
 # %% ../nbs/17_train.ipynb #4ff877c5
 def shown_clips(
@@ -115,24 +118,21 @@ def train_vae(
     acc = make_accelerator(dataclasses.replace(recipe, precision='no', accumulation=1), out)
     if acc.num_processes>1:
         raise RecipeError(f"recipe [{recipe.name}]: the VAE is trained by one process, not {acc.num_processes}")
-    asked,pipe = claim('vae', out, recipe, acc, resume=resume),digits_pipeline(recipe.seed).to(acc.device)
-    ema = EMAModel(pipe.vae.parameters(), decay=.99, foreach=True)
-    vae,opt = acc.prepare(pipe.vae, torch.optim.AdamW(pipe.vae.parameters(), lr=recipe.vae_lr, weight_decay=0.))
-    checkpoint = Checkpoint(out, acc, ema).load()
-    def step(x):
-        loss,quality = vae_loss(vae, x, random_state(recipe.seed, checkpoint.step))
-        acc.backward(loss)
-        set_rate(opt, recipe.vae_lr*rate(checkpoint.step, recipe.vae_steps, 20, 'cosine'))
-        opt.step()
-        opt.zero_grad()
-        ema.step(vae.parameters())
-        return dict(loss=loss.item(), psnr=quality)
-    seeds = itertools.count(recipe.seed+checkpoint.step)
-    batches = (moving_digits(recipe.vae_batch, seed)[0].to(acc.device) for seed in seeds)
-    loop(step, batches, recipe.vae_steps, recipe, checkpoint, Log(out, asked, recipe, acc))
-    with averaged(ema, vae): std = encode(pipe, moving_digits(256, recipe.seed)[0]).latents.std().item()
-    pipe.vae.register_to_config(scaling_factor=1/std)
-    return deliver(out, checkpoint, pipe, vae)
+    with claim('vae', out, recipe, acc, resume=resume) as run:
+        pipe = digits_pipeline(recipe.seed).to(acc.device)
+        ema = EMAModel(pipe.vae.parameters(), decay=.99, foreach=True)
+        vae,opt = acc.prepare(pipe.vae, torch.optim.AdamW(pipe.vae.parameters(), lr=recipe.vae_lr, weight_decay=0.))
+        checkpoint = load(Checkpoint(run, ema))
+        def loss(x, micro):
+            value,quality = vae_loss(vae, x, random_state(recipe.seed, micro))
+            return value,dict(psnr=value.new_tensor(quality))
+        def lr(step): return recipe.vae_lr*rate(step, recipe.vae_steps, 20, 'cosine')
+        seeds = itertools.count(recipe.seed+checkpoint.micro)
+        batches = (moving_digits(recipe.vae_batch, seed)[0].to(acc.device) for seed in seeds)
+        loop(one_network(loss, vae, opt, checkpoint, lr, 0.), batches, recipe.vae_steps, checkpoint, Log(run))
+        with averaged(ema, vae): std = encode(pipe, moving_digits(256, recipe.seed)[0]).latents.std().item()
+        pipe.vae.register_to_config(scaling_factor=1/std)
+        return deliver(checkpoint, pipe, vae)
 
 # %% ../nbs/17_train.ipynb #e3abbf42
 def drop_condition(
@@ -161,27 +161,28 @@ def edm_loss(
 
 # %% ../nbs/17_train.ipynb #ce969944
 def one_network(
-    loss,         # `loss(batch, micro)`, a scalar of one micro-batch
-    denoiser:nn.Module, # `Denoiser`, prepared by accelerate
+    loss,         # `loss(batch, micro)`, a scalar of one micro-batch, and other figures of it
+    model:nn.Module, # prepared by accelerate
     opt:torch.optim.Optimizer,
     checkpoint:Checkpoint, # it says how far the run is
     lr,           # `lr(step)`
     clip_norm:float # 0: no limit
 ):                # `step(batch) → figures`
-    "Accumulate, clip, step, average"
-    acc,ema = checkpoint.accelerator,checkpoint.ema
-    def step(batch:Batch)->dict[str,float]:
-        with acc.accumulate(denoiser):
-            value = loss(batch, checkpoint.micro)
+    "Accumulate, clip, look at the numbers; step and average, or skip"
+    acc,ema,waiting,params = checkpoint.accelerator,checkpoint.ema,[],list(model.parameters())
+    def step(batch)->dict[str,float]:
+        with acc.accumulate(model):
+            value,more = loss(batch, checkpoint.micro)
             acc.backward(value)
-            figures = dict(loss=value.item())
-            if acc.sync_gradients:
-                norm = acc.clip_grad_norm_(denoiser.parameters(), clip_norm or math.inf)
-                figures['grad'] = norm.item()
+        waiting.append(dict(loss=value.detach()) | more)
+        if not acc.sync_gradients: return {}
+        figures = fetched(acc, [*waiting, clipped(acc, params, clip_norm)])
+        waiting.clear()
+        if 'skipped' not in figures:
             set_rate(opt, lr(checkpoint.step))
             opt.step()
-            opt.zero_grad()
-        if acc.sync_gradients: ema.step(denoiser.parameters())
+            ema.step(params)
+        opt.zero_grad()
         return figures
     return step
 
@@ -195,25 +196,27 @@ def pretrain(
 )->Path:                      # the teacher's pipeline folder
     "Train a UNet from nothing by the EDM loss, eq. (1), as SVD was: the teacher"
     acc,r = make_accelerator(recipe, out),recipe
-    asked,pipe = claim('pretrain', out, r, acc, base, data, resume),load_pipeline(base)
-    torch.manual_seed(r.seed)
-    pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config))
-    teacher = Denoiser(pipe.to(acc.device).unet).train()
-    ema = EMAModel(teacher.parameters(), decay=r.teacher_ema, foreach=True)
-    teacher,opt = acc.prepare(teacher, torch.optim.AdamW(teacher.parameters(), lr=r.teacher_lr, weight_decay=0.))
-    checkpoint,n = Checkpoint(out, acc, ema).load(),micro_batch(r, acc, 'teacher_batch')
-    batches,held = (data or digit_batches)(pipe, r, n, acc, checkpoint.micro),shown_clips(pipe, r, acc, data, n)
-    levels = LogNormal(r.teacher_P_mean,r.teacher_P_std)
-    def loss(batch, micro):
-        return edm_loss(teacher, batch, levels, r.cond_dropout, random_state(r.seed, micro, acc.process_index))
-    def show():
-        sigmas = karras_sigmas(25).flip(0)
-        with averaged(ema, teacher): made = sample_euler(teacher, held.cond, fixed_noise(held), sigmas)
-        return beside(pipe, held, made)
-    lr = lambda step: r.teacher_lr*rate(step, r.teacher_steps, r.teacher_warmup, r.schedule)
-    step = one_network(loss, teacher, opt, checkpoint, lr, r.clip_norm)
-    loop(step, batches, r.teacher_steps, r, checkpoint, Log(out, asked, r, acc), show)
-    return deliver(out, checkpoint, pipe, teacher)
+    with claim('pretrain', out, r, acc, base, data, resume) as run:
+        pipe = load_pipeline(base)
+        torch.manual_seed(r.seed)
+        pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config))
+        teacher = Denoiser(pipe.to(acc.device).unet).train()
+        ema = EMAModel(teacher.parameters(), decay=r.teacher_ema, foreach=True)
+        teacher,opt = acc.prepare(teacher, torch.optim.AdamW(teacher.parameters(), lr=r.teacher_lr, weight_decay=0.))
+        checkpoint,n = load(Checkpoint(run, ema)),micro_batch(r, acc, 'teacher_batch')
+        batches,held = (data or digit_batches)(pipe, r, n, acc, checkpoint.micro),shown_clips(pipe, r, acc, data, n)
+        levels = LogNormal(r.teacher_P_mean,r.teacher_P_std)
+        def loss(batch, micro):
+            g = random_state(r.seed, micro, acc.process_index)
+            return edm_loss(teacher, batch, levels, r.cond_dropout, g),{}
+        def show():
+            sigmas = karras_sigmas(25).flip(0)
+            with averaged(ema, teacher): made = sample_euler(teacher, held.cond, fixed_noise(held), sigmas)
+            return beside(pipe, held, made)
+        lr = lambda step: r.teacher_lr*rate(step, r.teacher_steps, r.teacher_warmup, r.schedule)
+        step = one_network(loss, teacher, opt, checkpoint, lr, r.clip_norm)
+        loop(step, batches, r.teacher_steps, checkpoint, Log(run), show)
+        return deliver(checkpoint, pipe, teacher)
 
 # %% ../nbs/17_train.ipynb #5104226e
 def make_state(
@@ -236,16 +239,17 @@ def distil(
 )->Path:                      # the student's pipeline folder
     "Fine-tune a pre-trained image-to-video model adversarially, until one forward pass makes the clip (§3)"
     acc,r = make_accelerator(recipe, out),recipe
-    asked,pipe = claim('distil', out, r, acc, base, data, resume),load_pipeline(base)
-    check_size(pipe, r.height, r.width, r.frames, f'recipe [{r.name}] with base {base}: ')
-    for o in (pipe.unet,pipe.vae): o.to(acc.device) # the image tower is not needed there
-    s = make_state(pipe, r, acc)
-    checkpoint,n = Checkpoint(out, acc, s.ema, partial=r.lora_rank>0).load(),micro_batch(r, acc)
-    s.step,s.micro = checkpoint.step,checkpoint.micro
-    batches,held = (data or digit_batches)(pipe, r, n, acc, s.micro),shown_clips(pipe, r, acc, data, n)
-    def step(batch): return distil_step(s, batch)
-    def show():
-        with averaged(s.ema, s.G): made = sample_once(s.G, held.cond, fixed_noise(held))
-        return beside(pipe, held, made)
-    loop(step, batches, r.head_start+r.steps, r, checkpoint, Log(out, asked, r, acc), show)
-    return deliver(out, checkpoint, pipe, s.G)
+    with claim('distil', out, r, acc, base, data, resume) as run:
+        pipe = load_pipeline(base)
+        check_size(pipe, r.height, r.width, r.frames, f'recipe [{r.name}] with base {base}: ')
+        for o in (pipe.unet,pipe.vae): o.to(acc.device) # the image tower is not needed there
+        s = make_state(pipe, r, acc)
+        checkpoint,n = load(Checkpoint(run, s.ema, partial=r.lora_rank>0)),micro_batch(r, acc)
+        s.step,s.micro = checkpoint.step,checkpoint.micro
+        batches,held = (data or digit_batches)(pipe, r, n, acc, s.micro),shown_clips(pipe, r, acc, data, n)
+        def step(batch): return distil_step(s, batch)
+        def show():
+            with averaged(s.ema, s.G): made = sample_once(s.G, held.cond, fixed_noise(held))
+            return beside(pipe, held, made)
+        loop(step, batches, r.head_start+r.steps, checkpoint, Log(run), show)
+        return deliver(checkpoint, pipe, s.G)

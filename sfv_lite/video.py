@@ -100,7 +100,7 @@ def tents(
     grid:int=8        # pixels the digit has
 )->Tensor:            # `(... canvas grid)`: row y holds the weights with which frame pixel y mixes the digit's pixels
     "Bilinear interpolation on one axis as a matrix: each digit pixel is a tent, `1-|distance|`, stretched and moved"
-    u = (torch.arange(canvas)+.5 - corner[...,None])*grid/size - .5
+    u = (torch.arange(canvas, dtype=corner.dtype)+.5 - corner[...,None])*grid/size - .5
     return (1 - (u[...,None]-torch.arange(grid)).abs()).clamp(min=0)
 
 # %% ../nbs/00_video.ipynb #ff151c6b
@@ -118,8 +118,8 @@ def random_velocity(
     speed:tuple[float,float]=SPEED # pixels a frame, drawn uniformly
 )->Tensor:                         # `(n 2)`, `(y, x)` in pixels a frame
     "Velocities in all directions alike"
-    angle = torch.rand(n, generator=generator)*2*torch.pi
-    pace = speed[0] + torch.rand(n, generator=generator)*(speed[1]-speed[0])
+    angle,pace = (torch.rand(n, generator=generator, dtype=torch.float32) for _ in 'ap')
+    angle,pace = angle*2*torch.pi,speed[0] + pace*(speed[1]-speed[0])
     return pace[:,None]*torch.stack([angle.sin(),angle.cos()], -1)
 
 # %% ../nbs/00_video.ipynb #58c13e79
@@ -143,7 +143,7 @@ def moving_digits(
     g = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(images), (n,), generator=g)
     i = drawn if which is None else torch.as_tensor(which)
-    start = torch.rand(n, 2, generator=g)*ROOM
+    start = torch.rand(n, 2, generator=g, dtype=torch.float32)*ROOM
     corner = bounce(start, random_velocity(n, g, speed), N_FRAMES, ROOM)
     x = repeat(draw(images[i], corner)*2-1, 'n t h w -> n t c h w', c=3)
     return x, Truth(labels[i], i + (0 if split=="train" else 1500), corner + DIGIT/2)
@@ -155,7 +155,7 @@ def centres(
     "The centre of brightness, frame by frame; what is darker than a tenth of white is ground"
     light = ((x.float().mean(2)+1)/2).clamp(max=1)
     weight = light*(light>.1)
-    rows,cols = (torch.arange(n, device=x.device)+.5 for n in x.shape[-2:])
+    rows,cols = (torch.arange(n, device=x.device, dtype=torch.float32)+.5 for n in x.shape[-2:])
     moment = torch.stack([weight.sum(-1)@rows, weight.sum(-2)@cols], -1)
     return moment/weight.sum((-2,-1))[...,None].clamp(min=1e-6)
 

@@ -17,7 +17,7 @@ from PIL import Image as Picture, ImageSequence
 from torch import Tensor
 from .edm import DiscreteLogNormal, add_noise, karras_sigmas, scalings
 from .files import read_rows
-from .loop import steps_of
+from .runs import steps_of
 from .pipelines import load_pipeline
 from .sampling import sample_euler, sample_once
 from .svd import Denoiser, decode, encode
@@ -230,7 +230,8 @@ def _said(
     r = json.loads((folder/'recipe.json').read_text())
     at,seconds = (rows[-1]['step'],float(rows[-1]['seconds'])) if rows else (0,0.)
     how_far = f"step {at} of {steps_of(r)}, {seconds/60:.1f} minutes"
-    return f"<b>{folder.name}</b>: {r['verb']}, {how_far}{', finished' if finished else ''}"
+    warned = ''.join(f"<br>step {o['step']}: {o['warning']}" for o in read_rows(folder/'warnings.csv'))
+    return f"<b>{folder.name}</b>: {r['verb']}, {how_far}{', finished' if finished else ''}{warned}"
 
 # %% ../nbs/31_widgets.ipynb #b5f1c13e
 class Panel(VBox):

@@ -14,6 +14,14 @@ TINY = dict(clips=32, batch=4, teacher_batch=4, steps=6, teacher_steps=6, head_s
     tracker='none', T_g=4, lam=.1)
 
 
+def begin(folder, verb, recipe):
+    "What a run writes first"
+    import dataclasses, json
+    from sfv_lite.files import write_text
+    asked = dict(verb=verb, base='digits-teacher', data=None) | dataclasses.asdict(recipe)
+    write_text(folder/'recipe.json', json.dumps(asked))
+
+
 def pytest_addoption(parser):
     parser.addoption('--regold', action='store_true', help="write tests/golden.json anew instead of comparing with it")
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from sfv_lite.edm import karras_sigmas
-from sfv_lite.loop import make_accelerator
+from sfv_lite.runs import make_accelerator
 from sfv_lite.measure import fastest
 from sfv_lite.plan import GPUS, random_batch, flops_of, memory_of
 from sfv_lite.recipe import Recipe

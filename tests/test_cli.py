@@ -141,7 +141,7 @@ def test_three_runs_and_a_clip(tmp_path):
         assert done.returncode==0, done.stderr
         assert done.stdout.strip()==str(tmp_path/verb/'pipeline')
         made = {o.name for o in (tmp_path/verb).iterdir()}
-        assert made-{'samples'}=={'recipe.json','log.csv','state','pipeline'} and ('samples' in made or verb=='vae')
+        assert made-{'samples'}=={'.lock','recipe.json','log.csv','state','pipeline'} and ('samples' in made or verb=='vae')
         asked = json.loads((tmp_path/verb/'recipe.json').read_text())
         assert asked.items() >= {**vars(quick), 'verb':verb, 'base':str(before)}.items()
         before = tmp_path/verb

@@ -4,7 +4,7 @@ import sys
 import pytest, torch
 from conftest import python, recipe
 from sfv_lite import measure
-from sfv_lite.loop import make_accelerator
+from sfv_lite.runs import make_accelerator
 from sfv_lite.measure import count_flops, step_cost, step_parts
 from sfv_lite.objective import hinge_g
 from sfv_lite.recipe import Recipe
@@ -69,7 +69,7 @@ def test_no_flops_for_weights_that_stay(state_and_batch):
 
 STEP = '''
 import resource, sys
-from sfv_lite.loop import make_accelerator
+from sfv_lite.runs import make_accelerator
 from sfv_lite.recipe import Recipe
 from sfv_lite.sfv import distil_step
 from sfv_lite.train import make_state

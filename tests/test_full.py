@@ -36,7 +36,7 @@ def test_from_videos_to_a_clip(recipe, desk, tmp_path):
     argv = ['distil', '--recipe', recipe, '--base', 'base', '--data', 'shards', '-o', tmp_path/'run']
     done = sfv(*argv, *SMALL, *more, cwd=desk)
     assert done.returncode==0, done.stderr
-    state = sum(o.stat().st_size for o in (tmp_path/'run/state').glob('model.safetensors'))
+    state = sum(o.stat().st_size for o in (tmp_path/'run/state').rglob('model.safetensors'))
     assert (state<1e6)==(recipe=='svd-lora'), "with LoRA only the additions are kept in a state"
     assert main(['export', str(tmp_path/'run'), '-o', str(tmp_path/'out'), '--dtype', 'fp32'])==0
     base,student = load_pipeline(desk/'base'),load_pipeline(tmp_path/'out')
@@ -62,11 +62,11 @@ def test_a_stopped_run_is_exported_and_resumed(desk, tmp_path):
         import sys
         from sfv_lite import sfv
         from sfv_lite.cli import main
-        real = sfv.one_step
-        def one_step(s, batch):
+        real = sfv.gradients
+        def gradients(s, batch):
             if s.step==2: raise RuntimeError('pulled the plug')
             return real(s, batch)
-        sfv.one_step = one_step
+        sfv.gradients = gradients
         sys.exit(main())"""
     (tmp_path/'cut.py').write_text(script)
     assert ask(tmp_path/'whole').returncode==0
@@ -156,7 +156,7 @@ def test_true_width(tmp_path):
     script = """if 1:
         import gc, re, sys, time, torch
         from pathlib import Path
-        from sfv_lite.loop import make_accelerator
+        from sfv_lite.runs import make_accelerator
         from sfv_lite.pipelines import clips_of, load_pipeline, save_pipeline
         from sfv_lite.plan import random_batch, network_sizes
         from sfv_lite.recipe import Recipe

@@ -2,8 +2,9 @@
 import pytest, torch
 from conftest import recipe, relative
 from sfv_lite.heads import Discriminator
-from sfv_lite.loop import make_accelerator
-from sfv_lite.sfv import distil_step, learning
+from sfv_lite.runs import make_accelerator
+from sfv_lite import sfv
+from sfv_lite.sfv import learning
 from sfv_lite.train import make_state
 from sfv_lite.svd import Batch, Condition, digits_pipeline, svd_pipeline
 
@@ -18,15 +19,14 @@ def state_of(pipe, **overrides):
     return s
 
 
-def gradients(s, batch, monkeypatch):
+def gradients(s, batch):
     "What one step would descend along"
-    monkeypatch.setattr('sfv_lite.sfv.descend', lambda *_: {})
-    distil_step(s, batch)
+    sfv.gradients(s, batch)
     return [p.grad.clone() for p in [*learning(s.G), *s.D.heads.parameters()]]
 
 
 @pytest.mark.parametrize('size', ['digits','svd'])
-def test_gradients_are_those_of_two_copies(size, monkeypatch):
+def test_gradients_are_those_of_two_copies(size):
     "Shared UNet and blocks computed twice, against an eye of its own and blocks computed once"
     make = digits_pipeline if size=='digits' else lambda: svd_pipeline(small=True)
     batch = random_batch(make())
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_two_copies(size, monkeypatch):
     D = Discriminator(make().unet.double(), tap=tap['tap'], width=two.recipe.head_width).double()
     D.heads = two.D.heads
     two.D = D
-    found,expected = (gradients(o, batch, monkeypatch) for o in (shared,two))
+    found,expected = (gradients(o, batch) for o in (shared,two))
     for a,b in zip(found, expected, strict=True): assert relative(a,b)<1e-9
 
 

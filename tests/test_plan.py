@@ -4,19 +4,18 @@ from pathlib import Path
 import pytest, torch
 from accelerate import PartialState
 from conftest import python, recipe, sfv
-from sfv_lite.loop import make_accelerator
+from sfv_lite.runs import make_accelerator
 from sfv_lite.measure import count_flops
 from sfv_lite.pipelines import load_pipeline
-from sfv_lite.plan import random_batch, flops_of, memory_of, network_sizes, shard_bytes
+from sfv_lite.plan import blind_step, random_batch, flops_of, memory_of, network_sizes, shard_bytes
 from sfv_lite.recipe import Recipe
-from sfv_lite.sfv import one_step
 from sfv_lite.train import make_state
 from sfv_lite.svd import svd_sizes
 
 PROCESS = '''if 1:
     import gc, re, sys, torch
     from types import SimpleNamespace
-    from sfv_lite.loop import make_accelerator
+    from sfv_lite.runs import make_accelerator
     from sfv_lite.plan import random_batch
     from sfv_lite.recipe import Recipe
     from sfv_lite.sfv import distil_step
@@ -84,7 +83,7 @@ def test_flops_are_those_of_a_real_step(base):
     batch = random_batch(network_sizes(base), r, 1)
     def at(step):
         state.step = step
-        return count_flops(lambda: one_step(state, batch))
+        return count_flops(lambda: blind_step(state, batch))
     assert flops_of(dataclasses.replace(r, batch=6), network_sizes(base))==6*(at(0)+3*at(1))/4
 
 

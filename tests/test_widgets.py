@@ -2,9 +2,9 @@
 import shutil, threading, time
 from io import BytesIO
 import pytest
+from conftest import begin
 from PIL import Image
 from sfv_lite.files import append_row, save_clip
-from sfv_lite.loop import save_recipe
 from sfv_lite.recipe import Recipe
 from sfv_lite.video import moving_digits, tile
 from sfv_lite.widgets import _moving, flip_book, watch
@@ -13,7 +13,7 @@ from sfv_lite.widgets import _moving, flip_book, watch
 @pytest.fixture
 def run(tmp_path):
     "A folder as `distil` leaves it after three steps and one sample"
-    save_recipe(Recipe.load('digits', steps=5, head_start=1), tmp_path/'run'/'recipe.json', verb='distil')
+    begin(tmp_path/'run', 'distil', Recipe.load('digits', steps=5, head_start=1))
     for i in range(1, 4): line(tmp_path/'run', i)
     sample(tmp_path/'run', 2)
     return tmp_path/'run'
@@ -75,7 +75,7 @@ def test_panel_on_a_finished_run_starts_no_thread(run):
 def test_panel_says_that_a_run_has_begun(tmp_path):
     "As soon as the folder is there, long before its first line"
     panel = watch(tmp_path/'new', every=.05)
-    save_recipe(Recipe.load('digits'), tmp_path/'new'/'recipe.json', verb='pretrain')
+    begin(tmp_path/'new', 'pretrain', Recipe.load('digits'))
     wait_for(lambda: 'pretrain, step 0 of 7000' in panel.status.value)
     (tmp_path/'new'/'pipeline').mkdir()
 
@@ -97,7 +97,7 @@ def test_a_run_begun_anew_in_its_folder(run, tmp_path):
     shutil.rmtree(run)
     wait_for(lambda: 'no run yet' in panel.status.value and not panel.stack.children)
     assert panel.curves not in panel.children and panel.slider not in panel.children
-    save_recipe(Recipe.load('digits', steps=7), run/'recipe.json', verb='distil')
+    begin(run, 'distil', Recipe.load('digits', steps=7))
     for i in range(1, 4): line(run, i)
     save_clip(tile(moving_digits(4, 99)[0], cols=2), run/'samples'/'step_000002.gif')
     wait_for(lambda: 'step 3' in panel.status.value and panel.slider.options==('2',))
