@@ -31,8 +31,10 @@ ARROWS = [
     ('13b films','13c footage','clips'), ('13c footage','14a shards','clips'), ('14a shards','14b stream','shards'),
     ('14b stream','17 train','batches'), ('06 sfv','17 train','a step'), ('15 fit','16d loop','LoRA'),
     ('16d loop','17 train','the loop'), ('10 recipe','16a runs','numbers'), ('16a runs','16b checkpoint','a run'),
-    ('16b checkpoint','16c health','states'), ('16c health','16d loop','signs'), ('11 files','11b inspection','folders'),
-    ('11b inspection','12 pipelines','inspected'), ('18 export','18b reproduce','bases'), ('17 train','18 export','students'),
+    ('16b checkpoint','16c health','states'), ('16c health','16d loop','signs'),
+    ('11 files','11b inspection','folders'),
+    ('11b inspection','12 pipelines','inspected'), ('18 export','18b reproduce','bases'),
+    ('17 train','18 export','students'),
     ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('22 judge','23 evaluate','distance'),
     ('17 train','23 evaluate','students'), ('23 evaluate','24 baselines','marks'), ('18 export','30a verbs','runs'),
     ('30a verbs','30b cli','verbs'), ('23 evaluate','31 widgets','logs')]

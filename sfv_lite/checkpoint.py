@@ -43,7 +43,8 @@ class Checkpoint:
     ):
         self.run,self.accelerator,self.ema,self.partial = run,run.accelerator,ema,partial
         self.folder = run.out/'state'
-        self.step = self.micro = self.whole = self.skipped = 0 # steps, micro-batches, those of whole steps, steps skipped
+        self.step = self.skipped = 0 # optimiser steps done, and those that were not
+        self.micro = self.whole = 0  # micro-batches done, and those of whole steps
         self.saved,self.begun = None,time.perf_counter()
 
     @property
@@ -59,8 +60,8 @@ class Checkpoint:
     def tensors(self)->dict:
         "All that is saved, by what it belongs to"
         models = {type(o).__name__:list(o.parameters()) for o in self.accelerator._models}
-        states = {f'optimiser of {name}':[t for s in opt.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-            for name,opt in zip(models, self.accelerator._optimizers)}
+        of = lambda opt: [t for o in opt.state.values() for t in o.values() if isinstance(t, torch.Tensor)]
+        states = {f'optimiser of {name}':of(opt) for name,opt in zip(models, self.accelerator._optimizers)}
         return models | states | {'the average':list(self.ema.shadow_params)}
 
 # %% ../nbs/16b_checkpoint.ipynb #2c3134b3

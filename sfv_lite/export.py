@@ -27,8 +27,10 @@ def base_of(run:Path, asked:dict)->str|Path: # raises where it is not there, or 
         try: found[o] = content(pipeline_folder(o))
         except FileNotFoundError: continue
         if found[o]==asked.get('base_is'): return o
-    if not found: raise FileNotFoundError(f"{run}: its base {asked['base']} is not here; put it there, or beside the run as it was")
-    raise ValueError(f"{next(iter(found))}: is not the base that {run} began with (other files under the same name); restore that one")
+    if not found:
+        raise FileNotFoundError(f"{run}: its base {asked['base']} is not here; put it back, or beside the run as it was")
+    raise ValueError(f"{next(iter(found))}: is not the base that {run} began with, but another under the same name; "
+        "restore that one")
 
 def student_of(
     run:str|Path # folder of a `distil` run, finished or stopped; or any pipeline

@@ -204,10 +204,11 @@ def load_image(
     from PIL import Image, ImageOps, UnidentifiedImageError
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(action='ignore', category=Image.DecompressionBombWarning): # ours is the lower limit
+        with warnings.catch_warnings(action='ignore', category=Image.DecompressionBombWarning): # our limit is lower
             file = Image.open(path, formats=FORMATS)
         with file:
-            if file.width*file.height>PIXELS: raise ValueError(f"{file.width}×{file.height} pixels; at most {PIXELS>>20} million")
+            if file.width*file.height>PIXELS:
+                raise ValueError(f"{file.width}×{file.height} pixels; at most {PIXELS>>20} million")
             image = as_rgb(ImageOps.exif_transpose(file))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a readable picture (none of {', '.join(FORMATS)})") from None

@@ -54,8 +54,8 @@ class Faults:
         last = f"the last good state is that of step {max(kept)}" if kept else "no state was saved yet"
         said = ', '.join(f'{k} = {v:g}' for k,v in rates.items())
         raise FloatingPointError(f"{c.run.out}: {len(self.row)} steps in a row had numbers that are not finite, "
-            f"from step {first['step']} on: {', '.join(first['terms'][:4])}; clips and figures are in fault.json; {last}. "
-            f"Lower a rate ({said}) in a new run, or look at those clips")
+            f"from step {first['step']} on: {', '.join(first['terms'][:4])}; clips and figures are in fault.json; "
+            f"{last}. Lower a rate ({said}) in a new run, or look at those clips")
 
 # %% ../nbs/16c_health.ipynb #0ed47183
 def compared(
@@ -69,18 +69,19 @@ def compared(
 
 # %% ../nbs/16c_health.ipynb #657936df
 LIMITS = dict(
-    still=.15,  # motion of made clips, as a share of the real ones'
+    still=.2,   # motion of made clips, as a share of the real ones'
     tint=.1,    # of a channel against the others, of a range of 2
-    won=.3,     # the judges' hinge, real and fake
+    won=.5,     # the judges' hinge, real and fake
     guess=.02,  # the widest distance of a head's mean logits
     lines=3,    # of the log in a row, for the last two
     after=100)  # steps, for the last: heads need them to learn anything
 
 WORDS = dict(
-    still="what the student makes hardly moves ({0:.2f} of the real clips' motion): motion collapse; more noise before the "
-        "judges (P_mean), temporal heads, or less pull to the clip (lam)",
+    still="what the student makes hardly moves ({0:.2f} of the real clips' motion): motion collapse; more noise "
+        "before the judges (P_mean), temporal heads, or less pull to the clip (lam)",
     tint="a channel of what the student makes has drifted from the others ({0:.2f} of a range of 2)",
-    won="the judges always win (hinge {0:.2f}): G learns nothing from them; a lower lr_d, or more noise before them (P_mean)",
+    won="the judges always win (hinge {0:.2f}): G learns nothing from them; a lower lr_d, or more noise before "
+        "them (P_mean)",
     guess="the judges guess (no head tells real from made by more than {0:.3f}): a higher lr_d, or less noise (P_mean)",
     idle="the average has not moved since the last picture: is anything trained?")
 

@@ -76,21 +76,23 @@ def configs(folder:Path)->dict:
 def shapes(folder:Path, variant:str|None)->dict[str,list[int]]: # raises `ValueError`
     "Name → shape, from the headers of a part's safetensors"
     found = {}
-    files = [o for o in sorted(folder.glob('*.safetensors')) if (variant in o.name.split('.') if variant else '.fp16.' not in o.name)]
-    for file in files:
+    for file in sorted(folder.glob('*.safetensors')):
+        if variant not in file.name.split('.') if variant else '.fp16.' in file.name: continue
         try:
             with safe_open(file, 'pt') as f: found |= {k:list(f.get_slice(k).get_shape()) for k in f.keys()}
         except Exception as e: raise ValueError(f"{file}: not a whole safetensors file ({e}); copy it again") from e
-    if not found: raise ValueError(f"{folder}: no safetensors{f' of variant {variant}' if variant else ''}; only those are opened")
+    if not found:
+        raise ValueError(f"{folder}: no safetensors{variant and f' of variant {variant}' or ''}; only those are opened")
     return found
 
 def check_tensors(folder:Path, variant:str|None)->None: # raises `ValueError`
     "Whether the files hold what the networks ask for"
     try:
         with torch.device('meta'): nets = networks(**configs(folder))
-    except (TypeError,ValueError,KeyError,IndexError,RuntimeError,ZeroDivisionError,AttributeError) as e:
+    except Exception as e: # libraries have their own
         if str(folder) in str(e): raise
-        raise ValueError(f"{folder}: no networks can be made of its configurations ({' '.join(str(e).split())[:150]})") from e
+        why = ' '.join(str(e).split())[:150]
+        raise ValueError(f"{folder}: no networks can be made of its configurations ({why})") from e
     for part,net in nets.items():
         due,have = {k:list(v.shape) for k,v in net.state_dict().items()},shapes(folder/part, variant)
         have = {k:v for k,v in have.items() if not k.endswith('position_ids')}
@@ -98,7 +100,8 @@ def check_tensors(folder:Path, variant:str|None)->None: # raises `ValueError`
         for what,names in (('lacks',due.keys()-have.keys()), ('holds, for nobody,',have.keys()-due.keys())):
             if names: raise ValueError(f"{folder/part}: {what} {len(names)} tensors, such as {min(names)}")
         for k in due:
-            if due[k]!=have[k]: raise ValueError(f"{folder/part}: {k} has shape {have[k]}; its configuration asks for {due[k]}")
+            if due[k]!=have[k]:
+                raise ValueError(f"{folder/part}: {k} has shape {have[k]}; its configuration asks for {due[k]}")
 
 # %% ../nbs/11b_inspection.ipynb #d7af506f
 def inspect_folder(

@@ -33,7 +33,8 @@ class Log:
         file = self.run.out/'log.csv'
         if self.accelerator.is_main_process:
             self.run.write()
-            if rows := read_rows(file): write_rows(file, [o for o in rows if (o['step'] or '').isdigit() and int(o['step'])<=step])
+            good = lambda o: (o['step'] or '').isdigit() and int(o['step'])<=step
+            if rows := read_rows(file): write_rows(file, [o for o in rows if good(o)])
         if self.recipe.tracker!='none': self.accelerator.init_trackers('sfv_lite', dataclasses.asdict(self.recipe))
         self.bar = progress(self.accelerator, total=total, initial=step, desc=self.run.asked['verb'])
         return self.bar

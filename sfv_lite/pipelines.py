@@ -23,7 +23,8 @@ with quietly(): from diffusers import StableVideoDiffusionPipeline
 def check_finite(pipe, where)->None: # raises `FloatingPointError`
     "Weights that are infinite or none are neither saved nor opened"
     if bad := not_finite({k:list(getattr(pipe, k).parameters()) for k in ('unet','vae','image_encoder')}):
-        raise FloatingPointError(f"{where}: weights of {', '.join(bad)} are not finite; make them anew from a state that is")
+        raise FloatingPointError(f"{where}: weights of {', '.join(bad)} are not finite; "
+            "make them anew from a state that is")
 
 def save_pipeline(
     pipe,             # a `StableVideoDiffusionPipeline`

@@ -21,15 +21,17 @@ def differences(
     b:Path  # another
 )->dict:    # tensors in all, how many differ, the largest difference over the tensor's largest value, and where it is
     "How far the weights of two pipelines are apart"
-    pairs = {o.relative_to(a).as_posix():(load_file(o), load_file(b/o.relative_to(a))) for o in sorted(a.rglob('*.safetensors'))}
-    apart = {}
-    for name,(x,y) in pairs.items():
+    apart,tensors = {},0
+    for name in sorted(o.relative_to(a).as_posix() for o in a.rglob('*.safetensors')):
+        x,y = load_file(a/name),load_file(b/name)
+        tensors += len(x)
         if x.keys()!=y.keys(): raise ValueError(f"{b/name}: holds other tensors than {a/name}")
         for k in x:
-            if not x[k].equal(y[k]):
-                apart[f'{name}: {k}'] = ((x[k].float()-y[k].float()).abs().max()/x[k].float().abs().max().clamp(min=1e-12)).item()
+            if x[k].equal(y[k]): continue
+            u,v = x[k].float(),y[k].float()
+            apart[f'{name}: {k}'] = ((u-v).abs().max()/u.abs().max().clamp(min=1e-12)).item()
     worst = max(apart, key=apart.get, default=None)
-    return dict(tensors=sum(len(x) for x,_ in pairs.values()), differ=len(apart), worst=worst, by=apart.get(worst, 0.))
+    return dict(tensors=tensors, differ=len(apart), worst=worst, by=apart.get(worst, 0.))
 
 # %% ../nbs/18b_reproduce.ipynb #6017e8a0
 def reproduce(
@@ -40,7 +42,8 @@ def reproduce(
     "Make a run again and compare"
     run,out = Path(run),Path(out)
     asked = asked_of(run)
-    if not asked or not (run/'pipeline').is_dir(): raise ValueError(f"{run}: is no finished run; finish it with --resume")
+    if not asked or not (run/'pipeline').is_dir():
+        raise ValueError(f"{run}: is no finished run; finish it with --resume")
     recipe,verb,common = recipe_of(asked),asked['verb'],dict(out=out, resume=resume)
     if verb=='vae': train_vae(recipe, **common)
     elif verb in ('pretrain','distil'):
@@ -59,5 +62,7 @@ def reproduce(
 def verdict(found:dict)->str:
     "In words"
     if found['alike']: return f"the same to the bit, all {found['tensors']} tensors"
-    why = ', '.join(f'{k} {a} then, {b} now' for k,(a,b) in found['other'].items()) or 'and nothing that was written down is'
-    return f"{found['differ']} of {found['tensors']} tensors differ, most {found['worst']} by {found['by']:.1e}; other are: {why}"
+    other = ', '.join(f'{k} {a} then, {b} now' for k,(a,b) in found['other'].items())
+    why = f'what was otherwise: {other}' if other else 'nothing that was written down was otherwise'
+    most = f"most {found['worst']} by {found['by']:.1e}"
+    return f"{found['differ']} of {found['tensors']} tensors differ, {most}; {why}"

@@ -78,7 +78,7 @@ def as_asked(
         'accumulation':(recipe.accumulation, accelerator.gradient_accumulation_steps, 'GRADIENT_ACCUMULATION_STEPS'),
         'precision':(precision, accelerator.mixed_precision, 'MIXED_PRECISION'),
         'a model as it is':('NO', plugin.backend.name, 'DYNAMO_BACKEND'),
-        'processes that hold whole models':(True, accelerator.distributed_type.name in kinds, 'USE_FSDP, _DEEPSPEED …')}
+        'processes that hold whole models':(True, accelerator.distributed_type.name in kinds, 'USE_FSDP or _DEEPSPEED')}
     for what,(asked,got,key) in due.items():
         if asked!=got:
             raise RecipeError(f"recipe [{recipe.name}]: asks for {what} ({asked}), and the launcher's configuration or "
@@ -188,7 +188,8 @@ def claim(
     lock = locked(out, 'run') if accelerator.is_main_process else None
     try:
         asked = dict(verb=verb, base=str(base), data=getattr(data, 'source', None), processes=accelerator.num_processes,
-            base_is=base and content(pipeline_folder(base)), data_is=getattr(data, 'content', None), base_from=beside(base, out))
+            base_is=base and content(pipeline_folder(base)), base_from=beside(base, out),
+            data_is=getattr(data, 'content', None))
         begun = (out/'recipe.json').exists()
         if begun: may_go_on(out, asked, recipe, resume)
         elif left := [o for o in ('state','log.csv') if (out/o).exists()]:
@@ -218,8 +219,8 @@ def may_go_on(out:Path, asked:dict, recipe:Recipe, resume:bool)->None:
     before = asked_of(out)
     now = asked | touched(recipe)
     for key in (*IDENTITY, *touched(recipe)):
-        if before.get(key)==now[key] and (key!='data_is' or now[key] or before['data']==now['data']): continue
+        if before.get(key)==now[key] and (key!='data_is' or now[key] or before.get('data')==now['data']): continue
         if key=='base_is': said = f"base {before['base']}, whose files were others than those of {asked['base']}"
-        elif key=='data_is': said = f"data {before['data']}, whose clips were others than those of {asked['data']}"
+        elif key=='data_is': said = f"data {before.get('data')}, whose clips were others than those of {asked['data'] or 'digits'}"
         else: said = f"{key} = {before.get(key)}, not {now[key]}"
         raise RecipeError(f"{out}/recipe.json: the run was started with {said}; resume it with the same command")

@@ -160,10 +160,10 @@ def clipped(
     params:list[nn.Parameter],
     limit:float, # largest norm of the gradient; 0: none
     of:str=""    # "_g" or "_d" where there are two networks
-)->dict[str,Tensor]: # norm of the gradient before, and the largest weight
+)->dict[str,Tensor]: # norm of the gradient before, and of the weights
     "Clip the gradient of a network, and measure both"
-    largest = torch.stack(torch._foreach_norm([p.detach() for p in params], math.inf)).max()
-    return {f'grad{of}':accelerator.clip_grad_norm_(params, limit or math.inf), f'weight{of}':largest}
+    weights = torch.stack(torch._foreach_norm([p.detach() for p in params])).norm()
+    return {f'grad{of}':accelerator.clip_grad_norm_(params, limit or math.inf), f'weight{of}':weights}
 
 def descend(
     state:State

@@ -50,7 +50,8 @@ def encode_clips(
     arrays = latents,by_clip(look(first)),embeds,by_clip(sigma)
     arrays = {k: v.half() if k!='noise_aug' else v for k,v in zip(COLUMNS, arrays)}
     if bad := not_finite({k:[v] for k,v in arrays.items()}):
-        raise FloatingPointError(f"{' and '.join(bad)} of a clip are not finite in half precision; is this the VAE's own tower and scale?")
+        raise FloatingPointError(f"{' and '.join(bad)} of a clip are not finite in half precision; "
+            "are these the base's own VAE and image tower?")
     return {k:v.numpy() for k,v in arrays.items()}
 
 # %% ../nbs/14a_shards.ipynb #c8e8b42d

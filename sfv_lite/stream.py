@@ -51,7 +51,8 @@ def from_rows(
     ids = torch.stack([said('fps')-1, said('motion_bucket'), aug], 1)
     batch = Batch(read('latents', '<f2', t, c, h, w), Condition(first, embeds, ids))
     whole = torch.stack([o.flatten(1).isfinite().all(1) for o in (batch.latents, *vars(batch.cond).values())]).all(0)
-    if not whole.all(): raise ValueError(f"{names_of(rows)[int(whole.int().argmin())]}: its latents are not finite; prepare it anew")
+    if not whole.all():
+        raise ValueError(f"{names_of(rows)[int(whole.int().argmin())]}: its latents are not finite; prepare it anew")
     return batch
 
 def names_of(rows:list[dict])->list[str]:
@@ -97,12 +98,13 @@ def shard_batches(
 
 # %% ../nbs/14b_stream.ipynb #1d5bc307
 def rows_of(files:list[tuple[str,str]]): # path, and what its digest must be
-    """Rows of shards, one after the other, each looked at whole before it is read; by name: for `load_dataset`, [v2] or *
-    would be a pattern, and :: an address"""
+    """Rows of shards, one after the other, each looked at whole before it is read; by name: for `load_dataset`,
+    [v2] or * would be a pattern, and :: an address"""
     import pyarrow.parquet as pq
     for file,due in files:
         if due and digest(file)!=due:
-            raise ValueError(f"{file}: a damaged shard (it was changed since it was written); copy it again, or prepare anew")
+            raise ValueError(f"{file}: a damaged shard (it was changed since it was written); "
+                "copy it again, or prepare anew")
         with pq.ParquetFile(file) as o:
             for rows in o.iter_batches(ROW_GROUP): yield from rows.to_pylist()
 

@@ -141,7 +141,8 @@ def test_three_runs_and_a_clip(tmp_path):
         assert done.returncode==0, done.stderr
         assert done.stdout.strip()==str(tmp_path/verb/'pipeline')
         made = {o.name for o in (tmp_path/verb).iterdir()}
-        assert made-{'samples'}=={'.lock','recipe.json','log.csv','state','pipeline'} and ('samples' in made or verb=='vae')
+        assert made-{'samples'}=={'.lock','recipe.json','log.csv','state','pipeline'}
+        assert 'samples' in made or verb=='vae'
         asked = json.loads((tmp_path/verb/'recipe.json').read_text())
         assert asked.items() >= {**vars(quick), 'verb':verb, 'base':str(before)}.items()
         before = tmp_path/verb
@@ -204,7 +205,6 @@ BAD = {
     'broken picture': (['sample', 'broken.png'], 'broken.png'),
     'truncated picture': (['sample', 'cut.png'], 'cut.png'),
     'empty folder': (['sample', 'empty', '-o', 'clips'], 'empty', 'no pictures'),
-    'a torn picture in a folder': (['sample', 'album', '-o', 'clips'], 'album/torn.png'),
     'folder into a file': (['sample', 'album', '-o', 'clip.gif'], 'clip.gif', 'folder'),
     'digit out of range': (['sample', 'digit:9999'], 'digit:9999', '1796'),
     'digit no number': (['sample', 'digit:seven'], 'digit:seven'),

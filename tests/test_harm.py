@@ -1,6 +1,6 @@
 """What goes wrong without stopping, and what stops at any moment: nothing is lost and nothing silent.
-`python tests/test_harm.py` counts many more tries and writes nbs/experiments/harm.json, from which notebook 16d has its table"""
-import errno, itertools, json, os, random, shutil, signal, sys, tempfile
+`python tests/test_harm.py` counts many more tries and writes nbs/experiments/harm.json, notebook 16d's table"""
+import errno, itertools, json, os, pkgutil, random, shutil, signal, sys, tempfile
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest, torch
@@ -8,7 +8,6 @@ from conftest import ROOT, TINY, files, recipe, sets
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-import sfv_lite.checkpoint as checkpoint
 from sfv_lite.checkpoint import Checkpoint, damage, load
 from sfv_lite.cli import main
 from sfv_lite.files import read_rows
@@ -44,7 +43,8 @@ def steps_kept(out): return sorted(int(o.name) for o in (Path(out)/'state').glob
 
 # numbers ------------------------------------------------------------------------------------------
 
-RATES = {'lr_g=1e6':'distil', 'lr_d=1e30':'distil', 'lam=1e38':'distil', 'teacher_lr=1e30':'pretrain', 'vae_lr=1e30':'vae'}
+RATES = {'lr_g=1e6':'distil', 'lr_d=1e30':'distil', 'lam=1e38':'distil', 'teacher_lr=1e30':'pretrain',
+    'vae_lr=1e30':'vae'}
 
 
 @pytest.mark.parametrize('rate', RATES)
@@ -138,13 +138,13 @@ def toy(out, steps=7, seed=0):
     return [p.detach().clone() for p in (*model.parameters(), *ema.shadow_params)]
 
 
-CALLS = 'os.replace','os.fsync','shutil.rmtree','sfv_lite.checkpoint.save_file','pathlib.Path.write_text','pathlib.Path.mkdir'
+CALLS = ('os.replace', 'os.fsync', 'shutil.rmtree', 'sfv_lite.checkpoint.save_file', 'pathlib.Path.write_text',
+    'pathlib.Path.mkdir')
 
 
 def harmed(out, where, k, harm):
     "Run the toy and let the k-th call of a function do harm; whether there was a k-th"
-    import pathlib # the strings above are looked up by patch
-    real,calls = eval(where, dict(os=os, shutil=shutil, pathlib=pathlib, sfv_lite=sys.modules['sfv_lite'])),itertools.count()
+    real,calls = pkgutil.resolve_name(where),itertools.count()
     def fails(*args, **kwargs):
         if next(calls)==k: raise harm
         return real(*args, **kwargs)
@@ -217,7 +217,8 @@ def run_folder(base, tmp_path_factory):
 
 
 def identity(out, base):
-    with claim('distil', out, recipe(save_every=2), make_accelerator(recipe()), base, resume=True) as run: return run.identity
+    r = recipe(save_every=2)
+    with claim('distil', out, r, make_accelerator(r), base, resume=True) as run: return run.identity
 
 
 def flips(folder, who, n, rng):
@@ -262,8 +263,9 @@ def test_a_damaged_state_is_passed_over_and_named(harm, run_folder, base, tmp_pa
         shutil.copytree(tmp_path/'other/state/000004', state)
     distil(recipe(save_every=2), out, base, resume=True)
     said = capsys.readouterr().err
-    name = dict(average='ema.safetensors was changed', manifest='manifest.json was changed', missing='optimizer.bin is missing',
-        seed="another run's, with another seed", empty='manifest.json cannot be read')[harm]
+    name = dict(average='ema.safetensors was changed', manifest='manifest.json was changed',
+        missing='optimizer.bin is missing', seed="another run's, with another seed",
+        empty='manifest.json cannot be read')[harm]
     assert 'goes on from 000002' in said and name in said, said
     distil(recipe(save_every=2), tmp_path/'whole', base)
     assert files(out/'pipeline')==files(tmp_path/'whole/pipeline')
@@ -485,8 +487,8 @@ def test_mutated_recipes(run_folder, base, tmp_path):
     assert tries==good
 
 
-FOREIGN = dict(library=dict(unet=['os','system']), module=dict(vae=['evil.module','X']), extra=dict(helper=['evil','X']),
-    pipeline=dict(_class_name=['pipeline','X']))
+FOREIGN = dict(library=dict(unet=['os','system']), module=dict(vae=['evil.module','X']),
+    extra=dict(helper=['evil','X']), pipeline=dict(_class_name=['pipeline','X']))
 
 
 @pytest.mark.parametrize('how', FOREIGN)
@@ -497,7 +499,8 @@ def test_no_stranger_is_imported(how, base, tmp_path):
     for name in ('evil.py','pipeline.py'): (folder/name).write_text(f'open({str(tmp_path/"ran")!r}, "w")')
     index = json.loads((folder/'model_index.json').read_text())
     (folder/'model_index.json').write_text(json.dumps(index | FOREIGN[how]))
-    with patch.object(sys, 'path', [str(folder), *sys.path]), pytest.raises(ValueError, match='model_index.json|not a Stable'):
+    refused = pytest.raises(ValueError, match='model_index.json|not a Stable')
+    with patch.object(sys, 'path', [str(folder), *sys.path]), refused:
         from sfv_lite.pipelines import load_pipeline
         load_pipeline(folder)
     assert not (tmp_path/'ran').exists() and 'evil' not in sys.modules
@@ -517,3 +520,148 @@ def test_tensors_that_do_not_fit(harm, base, tmp_path):
     save_file(weights, file)
     if harm=='cut': file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match='image_encoder'): inspect_folder(folder)
+
+
+def refused_in_a_line(argv, *causes):
+    "Whether a command ends with one line that holds one of these words; or succeeds"
+    import contextlib, io
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()): code = main(argv)
+    last = err.getvalue().strip().splitlines()[-1:] or ['']
+    return code==0 or (code in (1,3) and 'Traceback' not in err.getvalue() and any(o in last[0] for o in causes))
+
+
+def test_mutated_settings(tmp_path):
+    "What is readable ends at the base that is not there"
+    shutil.copy(ROOT/'settings.ini', tmp_path/'mine.ini')
+    argv = ['plan', '--settings', tmp_path/'mine.ini', '--recipe', 'digits', '--base', 'nowhere', '-o', tmp_path/'p']
+    argv = list(map(str, argv))
+    rng,whole = random.Random(3),(tmp_path/'mine.ini').read_bytes()
+    for _ in range(60):
+        (tmp_path/'mine.ini').write_bytes(mutated(whole, rng))
+        assert refused_in_a_line(argv, 'mine.ini', 'recipe', 'nowhere')
+
+
+def test_mutated_pictures(tmp_path, picture):
+    "A picture is what its bytes say, or no picture; never a traceback"
+    from sfv_lite.files import load_image
+    rng,whole = random.Random(4),Path(picture).read_bytes()
+    for k in range(200):
+        (tmp_path/'a.png').write_bytes(mutated(whole, rng))
+        try: x = load_image(tmp_path/'a.png', (32,32))
+        except ValueError as e: assert 'a.png: not a readable picture' in str(e)
+        else: assert x.shape==(3,32,32) and x.isfinite().all()
+
+
+# students that go wrong ---------------------------------------------------------------------------
+
+def warned(out): return {o['kind'] for o in read_rows(out/'warnings.csv')}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['won','guess','still'])
+def test_a_student_that_goes_wrong(how, base, tmp_path, monkeypatch, capsys):
+    """Judges who win against a generator that does not learn (and an average that does not move); judges who do not
+    learn; a student tied to clips that stand still"""
+    import sfv_lite.health as health
+    from sfv_lite import train
+    usual = dict(log_every=5, sample_every=10, optimizer='adamw', tap='before', T_g=2, head_width=32)
+    make = dict(won=dict(lr_g=0., lr_d=.005, P_mean=-4., P_std=.5, steps=60), guess=dict(lr_g=0., lr_d=0., steps=30),
+        still=dict(lr_g=2e-3, lr_d=1e-4, lam=100., steps=60))
+    monkeypatch.setitem(health.LIMITS, 'after', 0)
+    held = train.shown_clips # digits as they are
+    monkeypatch.setattr(train, 'shown_clips', lambda pipe, r, acc, data, n: held(pipe, r, acc, None, n))
+    def data(*args):
+        for batch in train.digit_batches(*args):
+            if how=='still': batch.latents = batch.latents[:,:1].expand_as(batch.latents).contiguous()
+            if how=='won': batch.latents = 3*batch.latents # a difference that no judge can miss
+            yield batch
+    start = base if how=='won' else 'digits-teacher'
+    train.distil(recipe(**usual | make[how]), tmp_path/'run', start, data)
+    due = dict(won={'won','idle'}, guess={'guess','idle'}, still={'still'})[how]
+    assert due<=warned(tmp_path/'run')
+    said = capsys.readouterr().err
+    assert all(health.WORDS[k].split('{')[0][:30] in said for k in due) and 'warnings.csv' in said
+
+
+# many more ----------------------------------------------------------------------------------------
+
+def kills(verb, argv, folder, tries, rng, launch=()):
+    "SIGKILL at a random moment, until the command ends by itself; then against a run in one go"
+    import subprocess, time
+    code = 'import sys; from sfv_lite.cli import main; sys.exit(main())'
+    (folder/'cli.py').write_text(code)
+    def start(out, resume):
+        more = ['--resume'] if resume and verb in ('vae','pretrain','distil') else []
+        command = [*(launch or [sys.executable]), str(folder/'cli.py'), *map(str, argv), '-o', str(out), *more]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, start_new_session=True, **quiet)
+    begun = time.perf_counter()
+    first = start(folder/f'{verb}-whole', False)
+    _,err = first.communicate()
+    assert first.returncode==0, err[-2000:]
+    whole,seconds,good = outcome(folder/f'{verb}-whole'),time.perf_counter()-begun,0
+    for k in range(tries):
+        out,killed = folder/f'{verb}-{k}',0
+        while True:
+            p = start(out, (out/'recipe.json').exists())
+            try: p.wait(rng.uniform(.3, 1)*seconds if killed<3 else None)
+            except subprocess.TimeoutExpired:
+                os.killpg(p.pid, signal.SIGKILL)
+                p.wait()
+                killed += 1
+                continue
+            break
+        good += p.returncode==0 and outcome(out)==whole
+        shutil.rmtree(out, ignore_errors=True)
+    return tries,good
+
+
+def outcome(out):
+    "What a command leaves that does not tell the time"
+    keep = '.safetensors','.parquet'
+    return {k:v for k,v in files(out).items() if k.endswith(keep) and 'state/' not in k}
+
+
+def count():
+    "The table of notebook 16d: fault, tries, survived"
+    import time
+    rng,rows = random.Random(0),[]
+    folder = Path(tempfile.mkdtemp())
+    from sfv_lite.files import save_clip
+    from sfv_lite.films import Cutting
+    from sfv_lite.pipelines import save_pipeline
+    from sfv_lite.shards import prepare
+    from sfv_lite.svd import digits_pipeline
+    from sfv_lite.video import moving_digits
+    base = save_pipeline(digits_pipeline(), folder/'base')
+    (folder/'films').mkdir()
+    for i in range(3):
+        x = moving_digits(1, i)[0][0]
+        save_clip(torch.cat([x, x.flip(0), x, x.flip(0)])[:27], folder/'films'/f'{i}.webm', 7)
+    prepare(folder/'films', folder/'shards', base, Cutting(8, 7, 32, 32), workers=0, shard=4)
+    def add(fault, how, found):
+        rows.append(dict(fault=fault, injected=how, tries=found[0], survived=found[1]))
+        print(rows[-1], round(time.perf_counter()-begun), 's', file=sys.stderr, flush=True)
+    begun = time.perf_counter()
+    add('killed', 'at every call that writes, in a run of one weight', every_write(folder/'a', Harm))
+    add('disk full', 'at every call that writes, in a run of one weight', every_write(folder/'b', full))
+    run = folder/'run'
+    with pytest.raises(KeyboardInterrupt): stopped(recipe(save_every=2), run, base)
+    add('a bit flips', 'in each file of a state, 50 times', flips(run/'state/000004', identity(run, base), 50,
+        np.random.default_rng(0)))
+    add('a shard changes', 'bytes flipped, cut, doubled, filled', parquet_mutations(folder/'shards', folder/'c', 2000, rng))
+    def look():
+        with claim('distil', run, recipe(save_every=2), make_accelerator(recipe()), base, resume=True): pass
+    add('recipe.json changes', 'the same', json_mutations(run, ['recipe.json'], look, 2000, rng))
+    found = json_mutations(base, MODEL, lambda: inspect_folder(base), 2000, rng)
+    add('a model folder changes', 'the same, in its JSON files', found)
+    few = sets(**{**TINY, **dict(clips=8, batch=2, steps=10, teacher_steps=10, vae_steps=12, vae_batch=2, save_every=2)})
+    one = dict(
+        distil=['distil', '--base', base, *few], pretrain=['pretrain', '--base', base, *few], vae=['vae', *few],
+        prepare=['prepare', folder/'films', '--base', base, '--shard', 1, '--workers', 0])
+    for verb,argv in one.items():
+        add(f'{verb} is killed', 'SIGKILL at random moments, up to three times', kills(verb, argv, folder, 20, rng))
+    (ROOT/'nbs/experiments/harm.json').write_text(json.dumps(rows, indent=1)+'\n')
+
+
+if __name__=='__main__': count()

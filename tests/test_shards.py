@@ -254,7 +254,7 @@ def test_resumed_on_shards(base, shards, tmp_path):
     def stops(*args):
         yield from itertools.islice(shard_batches(shards)(*args), 4)
         raise Killed
-    stops.source,stops.content = str(shards),load_manifest(shards)['content'] # as `shard_batches` says of itself; a run is not resumed on other data
+    stops.source,stops.content = str(shards),load_manifest(shards)['content'] # as `shard_batches` says of itself
     r = recipe(save_every=2)
     whole = distil(r, tmp_path/'whole', base, shard_batches(shards))
     with pytest.raises(Killed): distil(r, tmp_path/'cut', base, stops)
