@@ -221,7 +221,7 @@ def test_pretraining_resumes_too(base, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ctrl_c_from_outside(base, tmp_path):
-    """SIGINT to a running `sfv-lite distil`: the step is finished, the state saved whole,
+    """SIGINT to a running `sfv-lite distil`: the state of the last whole step is saved,
     one line says how to go on, no half pipeline lies about; `--resume` finishes the run"""
     out = tmp_path/'run'
     limits = sets(clips=8, batch=2, steps=16, head_start=0, log_every=1, save_every=1000, sample_every=1000)
@@ -289,7 +289,7 @@ def test_two_processes_share_a_run(base, tmp_path):
 @pytest.mark.slow
 def test_one_of_two_processes_is_interrupted(base, tmp_path):
     """SIGTERM, as schedulers send it, to one process of two and in the middle of a step:
-    both end the same step, and the state is whole.
+    both end at the same micro-batch, and the state is whole.
     (Did each decide for itself, the other would wait in the next step for ever.)"""
     script = """if 1:
         import os, signal, sys
