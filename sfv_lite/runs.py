@@ -73,12 +73,12 @@ def as_asked(
 )->None:          # raises `RecipeError`
     "Whether a launcher's configuration or environment has overruled the recipe"
     plugin = accelerator.state.dynamo_plugin
-    kinds = 'NO','MULTI_CPU','MULTI_GPU'
+    parted = accelerator.distributed_type.name in ('FSDP','DEEPSPEED','MEGATRON_LM')
     due = {
         'accumulation':(recipe.accumulation, accelerator.gradient_accumulation_steps, 'GRADIENT_ACCUMULATION_STEPS'),
         'precision':(precision, accelerator.mixed_precision, 'MIXED_PRECISION'),
         'a model as it is':('NO', plugin.backend.name, 'DYNAMO_BACKEND'),
-        'processes that hold whole models':(True, accelerator.distributed_type.name in kinds, 'USE_FSDP or _DEEPSPEED')}
+        'a model in parts':(False, parted, 'USE_FSDP or ACCELERATE_USE_DEEPSPEED')}
     for what,(asked,got,key) in due.items():
         if asked!=got:
             raise RecipeError(f"recipe [{recipe.name}]: asks for {what} ({asked}), and the launcher's configuration or "

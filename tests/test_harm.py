@@ -369,6 +369,20 @@ def test_stopped_within_a_micro_batch(base, tmp_path):
     assert len(seen)==6 and steps_kept(tmp_path/'run')==[1]
 
 
+def test_once_more(base, tmp_path, capsys):
+    "A finished run made again is the same to the bit; one whose weights were touched is not, and the exit code says so"
+    distil(recipe(steps=3), tmp_path/'run', base)
+    again = ['reproduce', str(tmp_path/'run'), '-o']
+    assert main([*again, str(tmp_path/'a')])==0 and 'the same to the bit' in capsys.readouterr().out
+    file = tmp_path/'run/pipeline/unet/diffusion_pytorch_model.safetensors'
+    weights = load_file(file)
+    weights['conv_in.bias'][0] += .5
+    save_file(weights, file)
+    assert main([*again, str(tmp_path/'b')])==3 and '1 of ' in capsys.readouterr().out
+    assert json.loads((tmp_path/'b/reproduced.json').read_text())['worst'].endswith('conv_in.bias')
+    assert main([*again, str(tmp_path/'a')])==1 and '--resume' in capsys.readouterr().err
+
+
 # habits of a session of Python --------------------------------------------------------------------
 
 def test_other_habits(base, tmp_path):
