@@ -28,7 +28,7 @@ def base_of(run:Path, asked:dict)->str|Path: # raises where it is not there, or 
         except FileNotFoundError: continue
         if found[o]==asked.get('base_is'): return o
     if not found:
-        raise FileNotFoundError(f"{run}: its base {asked['base']} is not here; put it back, or beside the run as it was")
+        raise FileNotFoundError(f"{run}: its base {asked['base']} is not here; put it back, or beside the run")
     raise ValueError(f"{next(iter(found))}: is not the base that {run} began with, but another under the same name; "
         "restore that one")
 

@@ -221,6 +221,8 @@ def may_go_on(out:Path, asked:dict, recipe:Recipe, resume:bool)->None:
     for key in (*IDENTITY, *touched(recipe)):
         if before.get(key)==now[key] and (key!='data_is' or now[key] or before.get('data')==now['data']): continue
         if key=='base_is': said = f"base {before['base']}, whose files were others than those of {asked['base']}"
-        elif key=='data_is': said = f"data {before.get('data')}, whose clips were others than those of {asked['data'] or 'digits'}"
+        elif key=='data_is':
+            clips = f"those of {asked['data'] or 'digits'}"
+            said = f"data {before.get('data')}, whose clips were others than {clips}"
         else: said = f"{key} = {before.get(key)}, not {now[key]}"
         raise RecipeError(f"{out}/recipe.json: the run was started with {said}; resume it with the same command")

@@ -663,13 +663,15 @@ def count():
     with pytest.raises(KeyboardInterrupt): stopped(recipe(save_every=2), run, base)
     add('a bit flips', 'in each file of a state, 50 times', flips(run/'state/000004', identity(run, base), 50,
         np.random.default_rng(0)))
-    add('a shard changes', 'bytes flipped, cut, doubled, filled', parquet_mutations(folder/'shards', folder/'c', 2000, rng))
+    found = parquet_mutations(folder/'shards', folder/'c', 2000, rng)
+    add('a shard changes', 'bytes flipped, cut, doubled, filled', found)
     def look():
         with claim('distil', run, recipe(save_every=2), make_accelerator(recipe()), base, resume=True): pass
     add('recipe.json changes', 'the same', json_mutations(run, ['recipe.json'], look, 2000, rng))
     found = json_mutations(base, MODEL, lambda: inspect_folder(base), 2000, rng)
     add('a model folder changes', 'the same, in its JSON files', found)
-    few = sets(**{**TINY, **dict(clips=8, batch=2, steps=10, teacher_steps=10, vae_steps=12, vae_batch=2, save_every=2)})
+    steps = dict(steps=10, teacher_steps=10, vae_steps=12, save_every=2)
+    few = sets(**{**TINY, **steps, **dict(clips=8, batch=2, vae_batch=2)})
     one = dict(
         distil=['distil', '--base', base, *few], pretrain=['pretrain', '--base', base, *few], vae=['vae', *few],
         prepare=['prepare', folder/'films', '--base', base, '--shard', 1, '--workers', 0])
