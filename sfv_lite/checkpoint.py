@@ -54,7 +54,7 @@ class Checkpoint:
 
     def states(self)->list[Path]:
         "What is there, the newest first; those in doubt last"
-        found = [o for o in self.folder.iterdir() if o.is_dir() and o.name.isdigit()] if self.folder.is_dir() else []
+        found = [o for o in self.folder.iterdir() if o.is_dir() and o.name.isdecimal()] if self.folder.is_dir() else []
         return sorted(found, key=lambda o: (not (o/'doubtful').exists(), int(o.name)), reverse=True)
 
     def tensors(self)->dict:
@@ -72,6 +72,7 @@ def damage(
     "What is wrong with a state: another run's, or a file that is not what was written"
     try: manifest = unsealed(folder/'manifest.json')
     except ValueError as e: return str(e)
+    if manifest['step']!=int(folder.name): return f"it is the state of step {manifest['step']} under another name"
     theirs = manifest['of'] | manifest['of']['recipe']
     mine = identity | identity['recipe']
     names = dict(base_is='base', data_is='data')
@@ -88,7 +89,9 @@ def newest(checkpoint:Checkpoint)->tuple[Path|None,str]: # the state, if any; an
     "The newest whole state, looked for by the first process"
     c,wrong = checkpoint,[]
     for folder in c.states():
+        doubtful = [o.name for o in c.states() if (o/'doubtful').exists()]
         if not (why := damage(folder, c.run.identity)):
+            wrong += [f'{o} is in doubt (nothing came right after it)' for o in doubtful]
             if wrong: print(f"{c.folder}: goes on from {folder.name}; {'; '.join(wrong)}", file=sys.stderr)
             return folder,''
         wrong.append(f"{folder.name} is not used ({why})")
@@ -121,7 +124,7 @@ def load(
     c.step = c.saved = manifest['step']
     c.micro = c.whole = manifest['micro']
     c.skipped = manifest['skipped']
-    if c.accelerator.is_main_process and folder==c.states()[0]: forget(c) # what a killed run had no time for
+    if c.run.lock and folder==c.states()[0]: forget(c) # what a killed run had no time for
     return c
 
 # %% ../nbs/16b_checkpoint.ipynb #4c2b7610

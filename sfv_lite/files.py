@@ -77,7 +77,8 @@ def content(
 )->str: # twelve hexadecimal digits
     "What tells a folder's files from others, wherever the folder lies"
     h = hashlib.sha256()
-    for o in sorted(folder.rglob('*')):
+    below = sorted(Path(here)/o for here,_,names in os.walk(folder, followlinks=True) for o in names)
+    for o in below:
         if o.is_file() and o.suffix in endings: h.update(f'{o.relative_to(folder).as_posix()} {digest(o)}\n'.encode())
     return h.hexdigest()[:12]
 

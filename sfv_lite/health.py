@@ -83,6 +83,7 @@ WORDS = dict(
     won="the judges always win (hinge {0:.2f}): G learns nothing from them; a lower lr_d, or more noise before "
         "them (P_mean)",
     guess="the judges guess (no head tells real from made by more than {0:.3f}): a higher lr_d, or less noise (P_mean)",
+    none="what the student makes holds numbers that are none; the weights are too large",
     idle="the average has not moved since the last picture: is anything trained?")
 
 class Signs:

@@ -33,7 +33,7 @@ class Log:
         file = self.run.out/'log.csv'
         if self.accelerator.is_main_process:
             self.run.write()
-            good = lambda o: (o['step'] or '').isdigit() and int(o['step'])<=step
+            good = lambda o: (o.get('step') or '').isdecimal() and int(o['step'])<=step
             if rows := read_rows(file): write_rows(file, [o for o in rows if good(o)])
         if self.recipe.tracker!='none': self.accelerator.init_trackers('sfv_lite', dataclasses.asdict(self.recipe))
         self.bar = progress(self.accelerator, total=total, initial=step, desc=self.run.asked['verb'])
@@ -104,6 +104,7 @@ def loop(
 )->None:        # raises `KeyboardInterrupt` where it was stopped, `FloatingPointError` where it gave up
     "Step until the end, and report, show and save on the way"
     c,r,faults,signs = checkpoint,checkpoint.run.recipe,Faults(checkpoint),Signs(checkpoint.run)
+    if c.step>total: raise ValueError(f"{c.run.out}: has taken {c.step} steps already, more than {total}; ask for more")
     with log.begin(c.step, total) as bar, Stop(c.accelerator) as stop:
         while c.step<total and not stop:
             figures = step(next(batches))
@@ -125,6 +126,7 @@ def loop(
 
 def look(checkpoint:Checkpoint, log:Log, signs:Signs, x:Tensor)->None:
     "A moving picture, what it says in figures, and whether that is a bad sign"
+    if not x.isfinite().all(): return signs.warn('none', checkpoint.step)
     seen = compared(x)
     log.note(seen)
     log.picture(checkpoint.step, x)

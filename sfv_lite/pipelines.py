@@ -35,7 +35,6 @@ def save_pipeline(
 )->Path:
     "Save as a folder that stock diffusers opens without this package: safetensors, JSON, stock class names"
     folder = Path(folder)
-    check_finite(pipe, folder)
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -43,6 +42,7 @@ def save_pipeline(
             if dtype is not None:
                 pipe = copy.deepcopy(pipe).to(dtype)
                 pipe.image_encoder.float() # transformers opens it as it was saved, diffusers all else in fp32
+            check_finite(pipe, folder) # as it will be: fp16 ends at 65504
             pipe.save_pretrained(part, safe_serialization=True, variant=variant)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -130,6 +130,9 @@ def check_svd(
         if value!=must:
             raise ValueError(f"{where}/{part}: {key} = {value}: must be {must} to fit the other components; "
                 "this is not a Stable Video Diffusion pipeline, or its files were mixed")
+    for part,key,value in (('vae','scaling_factor',vae.scaling_factor), ('unet','num_frames',unet.num_frames)):
+        if not isinstance(value, (int,float)) or not value>0:
+            raise ValueError(f"{where}/{part}: {key} = {value}: must be a number above 0")
 
 def check_size(
     pipe,       # a `StableVideoDiffusionPipeline`

@@ -118,14 +118,14 @@ class Recipe:
     temporal:bool = field()
     head_width:int = number(1)
     # weights of the losses, eq. (9) to (11)
-    lam:float = number(0)
+    lam:float = number(0, 3e38)
     recon_norm:str = choice('sqrt_d','sum')
-    gamma:float = number(0)
+    gamma:float = number(0, 3e38)
     r1_every:int = number(1)
     # how both networks move (§4)
     optimizer:str = choice('sm3','adamw')
-    lr_g:float = number(0)
-    lr_d:float = number(0)
+    lr_g:float = number(0, 3e38)
+    lr_d:float = number(0, 3e38)
     momentum:float = number(0, below=1)
     beta:float = number(0, below=1)
     steps:int = number(1)
@@ -140,7 +140,7 @@ class Recipe:
     # the teacher, for whoever has none: EDM training
     teacher_P_mean:float = number()
     teacher_P_std:float = number()
-    teacher_lr:float = number(0)
+    teacher_lr:float = number(0, 3e38)
     teacher_steps:int = number(1)
     teacher_batch:int = number(1)
     teacher_warmup:int = number(0)
@@ -160,7 +160,7 @@ class Recipe:
     # drawn clips, and the VAE trained on them; missing elsewhere
     clips:int = number(1, default=None)
     vae_steps:int = number(1, default=None)
-    vae_lr:float = number(0, default=None)
+    vae_lr:float = number(0, 3e38, default=None)
     vae_batch:int = number(1, default=None)
 
     @classmethod

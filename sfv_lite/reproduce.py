@@ -22,7 +22,10 @@ def differences(
 )->dict:    # tensors in all, how many differ, the largest difference over the tensor's largest value, and where it is
     "How far the weights of two pipelines are apart"
     apart,tensors = {},0
-    for name in sorted(o.relative_to(a).as_posix() for o in a.rglob('*.safetensors')):
+    names,others = (sorted(o.relative_to(x).as_posix() for o in x.rglob('*.safetensors')) for x in (a,b))
+    if not names or names!=others:
+        raise ValueError(f"{a} and {b}: hold other files of weights; they cannot be compared")
+    for name in names:
         x,y = load_file(a/name),load_file(b/name)
         tensors += len(x)
         if x.keys()!=y.keys(): raise ValueError(f"{b/name}: holds other tensors than {a/name}")
@@ -41,6 +44,7 @@ def reproduce(
 )->dict:          # as of `differences`, with `alike` and a `verdict`; also in `reproduced.json`
     "Make a run again and compare"
     run,out = Path(run),Path(out)
+    if out.resolve()==run.resolve(): raise ValueError(f"{out}: is the run itself; make it again in another folder")
     asked = asked_of(run)
     if not asked or not (run/'pipeline').is_dir():
         raise ValueError(f"{run}: is no finished run; finish it with --resume")
@@ -54,6 +58,8 @@ def reproduce(
     then,now = ((asked_of(o).get('made_with') or [{}])[-1] for o in (run,out))
     free = 'command','revision'
     other = {k:[then.get(k), now.get(k)] for k in now if then.get(k)!=now.get(k) and k not in free}
+    again = asked_of(out)
+    other |= {k:[asked.get(k), again.get(k)] for k in ('base_is','data_is') if asked.get(k)!=again.get(k)}
     found |= dict(alike=not found['differ'], other=other)
     found['verdict'] = verdict(found)
     write_text(out/'reproduced.json', json.dumps(found, indent=1)+'\n')

@@ -151,13 +151,14 @@ class Run:
     accelerator:Accelerator
     resumed:bool=False
     lock:object=None
+    made:bool=False # whether the folder was made for it
     @property
     def identity(self)->dict:
         "What states of this run must have in common"
         return {k:self.asked.get(k) for k in IDENTITY} | dict(recipe=touched(self.recipe))
     def write(self)->None:
         "`recipe.json`: what was asked, now and before, and what made it"
-        before = asked_of(self.out).get('made_with', [])
+        before = asked_of(self.out).get('made_with') or []
         said = self.asked | dataclasses.asdict(self.recipe) | dict(made_with=[*before, provenance(self.accelerator)])
         write_text(self.out/'recipe.json', json.dumps(said, indent=1)+'\n')
     def __enter__(self)->'Run':
@@ -169,7 +170,7 @@ class Run:
     def __exit__(self, *_):
         torch.set_default_dtype(self.habits[0])
         torch.set_grad_enabled(self.habits[1])
-        let_go(self.out, self.lock)
+        let_go(self.out, self.lock, self.made)
 
 IDENTITY = 'verb','base_is','data_is','processes'
 
@@ -185,7 +186,7 @@ def claim(
 )->Run:               # to be used as a context: what is locked is released at its end
     "Check that this may start here, and lock the folder"
     out = Path(out)
-    lock = locked(out, 'run') if accelerator.is_main_process else None
+    made,lock = not out.exists(),locked(out, 'run') if accelerator.is_main_process else None
     try:
         asked = dict(verb=verb, base=str(base), data=getattr(data, 'source', None), processes=accelerator.num_processes,
             base_is=base and content(pipeline_folder(base)), base_from=beside(base, out),
@@ -196,18 +197,18 @@ def claim(
             raise FileExistsError(f"{out}: holds {' and '.join(left)} of a run, and no recipe.json that says which; "
                 "restore it, or choose another folder")
         elif resume and accelerator.is_main_process: print(f'{out}: holds no run yet; one begins', file=sys.stderr)
-        return Run(out, asked, recipe, accelerator, begun, lock)
+        return Run(out, asked, recipe, accelerator, begun, lock, made)
     except BaseException:
-        let_go(out, lock)
+        let_go(out, lock, made)
         raise
 
-def let_go(out:Path, lock)->None:
-    "Unlock a folder; where nothing came of it, it is gone again"
+def let_go(out:Path, lock, made:bool)->None:
+    "Unlock a folder; where nothing came of one that was made for it, it is gone again"
     if not lock: return
     lock.release()
-    if [o.name for o in out.iterdir()]==['.lock']:
-        (out/'.lock').unlink()
-        out.rmdir()
+    if [o.name for o in out.iterdir()]!=['.lock']: return
+    (out/'.lock').unlink()
+    if made: out.rmdir()
 
 def beside(base, out:Path)->str|None:
     "Where a base lies, seen from the run: the two may be moved together"
@@ -217,6 +218,7 @@ def may_go_on(out:Path, asked:dict, recipe:Recipe, resume:bool)->None:
     "Whether the run in the folder is this one; raises where it is not"
     if not resume: raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another folder")
     before = asked_of(out)
+    if not before: raise ValueError(f"{out}/recipe.json: cannot be read; restore it, or choose another folder")
     now = asked | touched(recipe)
     for key in (*IDENTITY, *touched(recipe)):
         if before.get(key)==now[key] and (key!='data_is' or now[key] or before.get('data')==now['data']): continue

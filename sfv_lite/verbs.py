@@ -188,7 +188,7 @@ def sample(args):
     with tqdm(total=len(images)*len(seeds), desc='sample', disable=None) as bar:
         for name,read in images.items():
             try: image = read()
-            except ValueError as e:
+            except (ValueError,OSError) as e:
                 if len(images)==1: raise
                 bar.write(f"not used: {e}", sys.stderr)
                 broken += 1

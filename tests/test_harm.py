@@ -383,6 +383,54 @@ def test_once_more(base, tmp_path, capsys):
     assert main([*again, str(tmp_path/'a')])==1 and '--resume' in capsys.readouterr().err
 
 
+def test_export_only_reads(run_folder, tmp_path):
+    "A run that is going on keeps its states and the one that it is writing"
+    from sfv_lite.export import export
+    out = tmp_path/'run'
+    shutil.copytree(run_folder, out)
+    for o in ('.part','000002x'): (out/'state'/o).mkdir()
+    shutil.copytree(out/'state/000002', out/'state/000001')
+    before = files(out)
+    export(out, tmp_path/'student')
+    assert files(out)==before and (out/'state/.part').is_dir()
+
+
+def test_weights_beyond_half_precision(base, tmp_path):
+    "They are not exported as infinities"
+    from sfv_lite.export import export
+    shutil.copytree(base, tmp_path/'mine')
+    file = tmp_path/'mine/unet/diffusion_pytorch_model.safetensors'
+    weights = load_file(file)
+    weights['conv_in.bias'][0] = 1e5
+    save_file(weights, file)
+    with pytest.raises(FloatingPointError, match='unet'): export(tmp_path/'mine', tmp_path/'out', torch.float16)
+    assert not (tmp_path/'out').exists()
+    export(tmp_path/'mine', tmp_path/'out')
+
+
+def test_tensors_beside_the_file_that_is_read(base, tmp_path):
+    "They are no tensors of the tower; and shards with an index are what their index names"
+    from sfv_lite.pipelines import load_pipeline
+    folder = tmp_path/'mine'
+    shutil.copytree(base, folder)
+    file = folder/'image_encoder/model.safetensors'
+    weights = load_file(file)
+    a,b = (dict(sorted(weights.items())[k::2]) for k in (0,1))
+    save_file(a, file)
+    save_file(b, folder/'image_encoder/extra.safetensors')
+    with pytest.raises(ValueError, match='image_encoder: lacks'): inspect_folder(folder)
+    load_pipeline(base).save_pretrained(tmp_path/'shards', max_shard_size='1MB')
+    assert len(list((tmp_path/'shards/unet').glob('*.safetensors')))>2
+    load_pipeline(tmp_path/'shards')
+
+
+def test_a_folder_of_mine_is_left(tmp_path, capsys):
+    "What was there before a command that is refused is there afterwards"
+    (tmp_path/'mine').mkdir()
+    for out in ('mine','new'): assert main(['distil', '-o', str(tmp_path/out), '--base', '/nonexistent'])==1
+    assert [o.name for o in tmp_path.iterdir()]==['mine'] and not list((tmp_path/'mine').iterdir())
+
+
 # habits of a session of Python --------------------------------------------------------------------
 
 def test_other_habits(base, tmp_path):
