@@ -59,7 +59,8 @@ class Checkpoint:
 
     def tensors(self)->dict:
         "All that is saved, by what it belongs to"
-        models = {type(o).__name__:list(o.parameters()) for o in self.accelerator._models}
+        name = lambda o: type(self.accelerator.unwrap_model(o)).__name__ # of several processes all are wrapped alike
+        models = {name(o):list(o.parameters()) for o in self.accelerator._models}
         of = lambda opt: [t for o in opt.state.values() for t in o.values() if isinstance(t, torch.Tensor)]
         states = {f'optimiser of {name}':of(opt) for name,opt in zip(models, self.accelerator._optimizers)}
         return models | states | {'the average':list(self.ema.shadow_params)}
@@ -87,11 +88,11 @@ def damage(
 # %% ../nbs/16b_checkpoint.ipynb #418749f4
 def newest(checkpoint:Checkpoint)->tuple[Path|None,str]: # the state, if any; an error, if it must be one
     "The newest whole state, looked for by the first process"
-    c,wrong = checkpoint,[]
-    for folder in c.states():
-        doubtful = [o.name for o in c.states() if (o/'doubtful').exists()]
+    c,wrong,states = checkpoint,[],checkpoint.states()
+    doubts = [f'nothing came right after {o.name}' for o in states if (o/'doubtful').exists()]
+    for folder in states:
         if not (why := damage(folder, c.run.identity)):
-            wrong += [f'{o} is in doubt (nothing came right after it)' for o in doubtful]
+            wrong += doubts
             if wrong: print(f"{c.folder}: goes on from {folder.name}; {'; '.join(wrong)}", file=sys.stderr)
             return folder,''
         wrong.append(f"{folder.name} is not used ({why})")
@@ -146,8 +147,10 @@ def save(checkpoint:Checkpoint)->None: # raises `FloatingPointError` where a num
         why = ' '.join(str(e).split())[:150]
         raise OSError(f"{c.folder}: the state of step {c.step} could not be saved ({why}); {kept}") from e
     c.saved = c.step
+    if acc.is_main_process: forget(c)
     acc.wait_for_everyone()
 
+# %% ../nbs/16b_checkpoint.ipynb #840c33a8
 def finish(checkpoint:Checkpoint, part:Path)->None:
     "Add the average and the manifest, and give the folder its name"
     c = checkpoint
@@ -157,7 +160,6 @@ def finish(checkpoint:Checkpoint, part:Path)->None:
     write_text(part/'manifest.json', sealed(dict(step=c.step, micro=c.whole, skipped=c.skipped,
         ema=c.ema.optimization_step, seconds=c.seconds, files=files, of=c.run.identity)))
     replace_folder(part, c.folder/f'{c.step:06}')
-    forget(c)
 
 def forget(checkpoint:Checkpoint)->None:
     "Remove states beyond those that the recipe keeps, and those that came after the one that was gone on from"
@@ -169,6 +171,7 @@ def forget(checkpoint:Checkpoint)->None:
         if int(o.name) not in kept: shutil.rmtree(o)
     shutil.rmtree(c.folder/'.part', ignore_errors=True)
 
+# %% ../nbs/16b_checkpoint.ipynb #586f01a4
 def doubt(checkpoint:Checkpoint, why:str)->None:
     "Mark the state of this step, if there is one, as one after which nothing came right"
     here = checkpoint.folder/f'{checkpoint.step:06}'

@@ -37,11 +37,9 @@ def student_of(
 ):               # a `StableVideoDiffusionPipeline` in fp32
     "The averaged student of a run, as far as it got"
     run = Path(run)
-    if not (run/'state').is_dir(): return load_pipeline(run)
+    if (run/'pipeline').is_dir() or not (run/'state').is_dir(): return load_pipeline(run)
     asked = asked_of(run)
     if not asked: raise ValueError(f"{run}: holds a state, and no recipe.json that says of what; restore it")
-    last = max((int(o.name) for o in (run/'state').iterdir() if o.name.isdecimal()), default=0)
-    if (run/'pipeline').is_dir() and last in (0, steps_of(asked)): return load_pipeline(run)
     if asked['verb']!='distil':
         raise ValueError(f"{run}: an unfinished run of {asked['verb']}; finish it with --resume")
     recipe = recipe_of(asked)

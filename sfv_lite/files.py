@@ -8,7 +8,7 @@ __all__ = ['FORMATS', 'PIXELS', 'ENDINGS', 'flush', 'write_text', 'replace_folde
            'pictures']
 
 # %% ../nbs/11_files.ipynb #37dfaf75
-import csv, functools, hashlib, io, os, shutil
+import csv, functools, hashlib, io, os, shutil, warnings
 from pathlib import Path
 import numpy as np, torch
 from einops import rearrange
@@ -65,6 +65,7 @@ def locked(
     else: return lock
     raise FileExistsError(f"{out}: another {what} is writing here; wait for it, or choose another folder")
 
+# %% ../nbs/11_files.ipynb #81d30425
 def digest(
     path:str|Path
 )->str: # 64 hexadecimal digits
@@ -201,7 +202,6 @@ def load_image(
     size:tuple[int,int]|None=None # height and width to fill, aspect kept, the rest cut off evenly; None: as it is
 )->Tensor:         # `(3 h w)` in [-1, 1]
     "Read a picture of any kind: grey, palette, transparent, 16 bits, turned, or moving (then its first frame)"
-    import warnings
     from PIL import Image, ImageOps, UnidentifiedImageError
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
     try:

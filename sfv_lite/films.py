@@ -122,6 +122,7 @@ def _bound(stream)->None:
     stream.thread_type,codec.thread_count = 'AUTO',min(8, os.cpu_count() or 1)
     codec.options = dict(max_pixels=str(MOST_PIXELS))
 
+# %% ../nbs/13b_films.ipynb #b411877e
 def timed(frames, stream):
     "Frames that are not damaged, each with a time"
     step,pts = round(1/(stream.average_rate or 25)/stream.time_base),None

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'MOST_MEMORY', 'PATIENCE', 'ON_SHEET', 'LINES', 'Found', 'find_films', 'motion_score', 'motion_bucket',
-           'Marks', 'measured', 'look', 'Seen', 'Worth', 'clips_and_marks', 'serve', 'Died', 'Decoder', 'decoded',
-           'Sheet']
+           'Marks', 'measured', 'look', 'Seen', 'Worth', 'clips_and_marks', 'tell', 'hear', 'serve', 'Died', 'Decoder',
+           'decoded', 'Sheet']
 
 # %% ../nbs/13c_footage.ipynb #560231a9
-import contextlib, csv, hashlib, itertools, math, os, pickle, queue, signal, subprocess, sys, tempfile, threading
+import contextlib, csv, hashlib, itertools, json, math, os, queue, signal, subprocess, sys, tempfile, threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,17 +187,34 @@ def clips_and_marks(film:Film, spec:Cutting, alive=lambda: None):
     "What `clips_of` yields, each clip with its marks"
     for o in clips_of(film, spec, alive): yield o if isinstance(o, Became) else (*o,measured(o[1]))
 
+# %% ../nbs/13c_footage.ipynb #fb7b1a4e
+def tell(pipe, o)->None:
+    "A clip or a film's end: a line of JSON, and a clip's pixels"
+    if isinstance(o, Became): head,pixels = vars(o),b''
+    else: head,pixels = dict(start=float(o[0]), shape=o[1].shape, marks=[*vars(o[2]).values()]),o[1].tobytes()
+    pipe.write(json.dumps(head, default=bytes.hex).encode()+b'\n'+pixels)
+    pipe.flush()
+
+def hear(pipe): # raises `ValueError` or `EOFError` where there is no more
+    "The same at the other end; whoever decodes films of strangers can say nothing else"
+    head = json.loads(pipe.readline())
+    if 'shape' not in head: return Became(**head)
+    pixels = bytearray(math.prod(head['shape']))
+    if pipe.readinto(pixels)<len(pixels): raise EOFError
+    motion,contrast,*bits = head['marks']
+    clip = np.frombuffer(pixels, np.uint8).reshape(head['shape'])
+    return head['start'],clip,Marks(motion, contrast, *map(bytes.fromhex, bits))
+
 def serve()->None:
     "A decoding process's life: films come in on its standard input, clips go out on its standard output"
-    films,spec = pickle.load(sys.stdin.buffer)
+    films,spec = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1) # what libraries print is no clip
     alive = _limits()
     with contextlib.suppress(BrokenPipeError): # nobody is at the other end any more
-        for film in films:
-            for o in clips_and_marks(film, spec, alive):
-                pickle.dump(o, out, protocol=5)
-                out.flush()
+        for o in films:
+            film = Film(Path(o.pop('path')), **o)
+            for o in clips_and_marks(film, Cutting(**spec), alive): tell(out, o)
 
 def _limits():
     "Limits on memory and time where the system knows them, and what to call at each picture"
@@ -217,18 +234,20 @@ class Decoder:
     "A process that decodes, and at most eight clips that it is ahead"
     def __init__(self, films:list[Film], spec:Cutting):
         self.said,self.waiting = tempfile.TemporaryFile(),queue.Queue(8)
+        work = [vars(o) for o in films],vars(spec)
         code = f'import sys; sys.path[:] = {[*map(str, sys.path)]}; from sfv_lite.footage import serve; serve()'
         self.process = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.said, start_new_session=True, # a terminal's Ctrl-C is for the parent
             env=os.environ | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')) # small sums want no threads
-        self.thread = threading.Thread(target=self._receive, args=((films,spec),), daemon=True)
+        self.thread = threading.Thread(target=self._receive, args=(work,), daemon=True)
         self.thread.start()
 
     def _receive(self, work):
         try:
-            with self.process.stdin as pipe: pickle.dump(work, pipe)
-            while True: self.waiting.put(pickle.load(self.process.stdout))
-        except (EOFError,OSError,pickle.UnpicklingError,ValueError): self.waiting.put(Died(self._cause()))
+            with self.process.stdin as pipe: pipe.write(json.dumps(work, default=os.fspath).encode())
+            while True: self.waiting.put(hear(self.process.stdout))
+        except (EOFError,OSError,ValueError,TypeError,KeyError): # or what is no message
+            self.waiting.put(Died(self._cause()))
 
     def _cause(self)->str:
         code = self.process.wait()

@@ -16,6 +16,7 @@ from .runs import Run
 # %% ../nbs/16c_health.ipynb #293ae04e
 RATES = dict(distil=('lr_g','lr_d','lam','gamma'), pretrain=('teacher_lr',), vae=('vae_lr',))
 
+# %% ../nbs/16c_health.ipynb #87713e21
 class Faults:
     "Counts steps that were skipped, and ends a run after too many in a row"
     def __init__(self, checkpoint:Checkpoint): self.checkpoint,self.row,self.clips = checkpoint,[],[]
@@ -86,6 +87,7 @@ WORDS = dict(
     none="what the student makes holds numbers that are none; the weights are too large",
     idle="the average has not moved since the last picture: is anything trained?")
 
+# %% ../nbs/16c_health.ipynb #58183049
 class Signs:
     "Warnings, each once: in `warnings.csv` and on the screen"
     def __init__(self, run:Run):

@@ -41,7 +41,7 @@ def check_index(
         raise ValueError(f"{folder}: is a {kind}, not a Stable Video Diffusion pipeline; "
             "give the image-to-video model or one made from it")
     named = {k:v for k,v in index.items() if k[:1]!='_'}
-    for part in PARTS.keys()|named.keys():
+    for part in sorted(PARTS.keys()|named.keys()):
         library,classes = PARTS.get(part, (None,()))
         said = named.get(part)
         if not isinstance(said, list) or len(said)!=2 or said[0]!=library or said[1] not in classes:
@@ -58,7 +58,8 @@ LIMITS = dict(layers_per_block=8, layers=64, heads=256, frames=1024) # by a word
 def check_numbers(where:Path, value, key:str='')->None: # raises `ValueError`
     "Whether the numbers and lists of a configuration are of ordinary size"
     limit = next((n for word,n in LIMITS.items() if word in key), 1<<17)
-    if isinstance(value, dict): [check_numbers(where, v, k) for k,v in value.items()]
+    if isinstance(value, dict):
+        for k,v in value.items(): check_numbers(where, v, k)
     elif isinstance(value, list):
         if len(value)>64: raise ValueError(f"{where}: {key} has {len(value)} entries; at most 64 are believed")
         for o in value: check_numbers(where, o, key)
@@ -74,7 +75,8 @@ def configs(folder:Path)->dict:
         kind = said[part].get('_class_name', *said[part].get('architectures', [])[:1])
         if kind not in PARTS[part][1]: raise ValueError(f"{file}: is of a {kind}; must be of a {PARTS[part][1][0]}")
         check_numbers(file, said[part])
-    check_numbers(scheduler := folder/'scheduler'/'scheduler_config.json', read(scheduler))
+    scheduler = folder/'scheduler'/'scheduler_config.json'
+    check_numbers(scheduler, read(scheduler))
     return said
 
 # %% ../nbs/11b_inspection.ipynb #5afa8f38

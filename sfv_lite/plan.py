@@ -23,7 +23,7 @@ from .runs import make_accelerator
 from .measure import count_flops
 from .pipelines import pipeline_folder
 from .recipe import Recipe, RecipeError
-from .sfv import State, clipped, descend, gradients, learning
+from .sfv import State, distil_step, learning
 from .svd import Batch, Condition, networks, svd_sizes
 from .train import make_state
 
@@ -107,13 +107,7 @@ def random_batch(
 # %% ../nbs/21_plan.ipynb #64c06108
 def blind_step(state:State, batch:Batch)->None:
     "A step that does not look at its numbers, as there are none"
-    s = state
-    gradients(s, batch)
-    if not s.accelerator.sync_gradients: return
-    for params in (list(s.heads.parameters()), learning(s.G)): clipped(s.accelerator, params, s.recipe.clip_norm)
-    descend(s)
-    s.step += 1
-    for opt in (s.opt_d,s.opt_g): opt.zero_grad()
+    distil_step(state, batch, look=lambda *_: {})
 
 def memory_of(
     recipe:Recipe,

@@ -186,11 +186,12 @@ def claim(
 )->Run:               # to be used as a context: what is locked is released at its end
     "Check that this may start here, and lock the folder"
     out = Path(out)
-    made,lock = not out.exists(),locked(out, 'run') if accelerator.is_main_process else None
+    made = not out.exists()
+    lock = locked(out, 'run') if accelerator.is_main_process else None
     try:
         asked = dict(verb=verb, base=str(base), data=getattr(data, 'source', None), processes=accelerator.num_processes,
             base_is=base and content(pipeline_folder(base)), base_from=beside(base, out),
-            data_is=getattr(data, 'content', None))
+            data_is=getattr(data, 'content', None) or getattr(data, 'source', None))
         begun = (out/'recipe.json').exists()
         if begun: may_go_on(out, asked, recipe, resume)
         elif left := [o for o in ('state','log.csv') if (out/o).exists()]:
@@ -202,6 +203,7 @@ def claim(
         let_go(out, lock, made)
         raise
 
+# %% ../nbs/16a_runs.ipynb #ea2dac99
 def let_go(out:Path, lock, made:bool)->None:
     "Unlock a folder; where nothing came of one that was made for it, it is gone again"
     if not lock: return
@@ -221,7 +223,7 @@ def may_go_on(out:Path, asked:dict, recipe:Recipe, resume:bool)->None:
     if not before: raise ValueError(f"{out}/recipe.json: cannot be read; restore it, or choose another folder")
     now = asked | touched(recipe)
     for key in (*IDENTITY, *touched(recipe)):
-        if before.get(key)==now[key] and (key!='data_is' or now[key] or before.get('data')==now['data']): continue
+        if before.get(key)==now[key]: continue
         if key=='base_is': said = f"base {before['base']}, whose files were others than those of {asked['base']}"
         elif key=='data_is':
             clips = f"those of {asked['data'] or 'digits'}"

@@ -228,7 +228,8 @@ def fetched(
 
 def distil_step(
     state:State, # read and written
-    batch:Batch  # one micro-batch, on the accelerator's device
+    batch:Batch, # one micro-batch, on the accelerator's device
+    look=fetched # at the figures, before anybody steps; `plan` counts a step that has none
 )->dict[str,float]: # at a step's last micro-batch, the means of: losses, R1, gradient norms, logits of each head
     "A micro-batch; with the last of a step both networks move, unless a number is not finite: then the step is skipped"
     s,limit = state,state.recipe.clip_norm
@@ -236,7 +237,7 @@ def distil_step(
     if not s.accelerator.sync_gradients: return {}
     s.figures.append(clipped(s.accelerator, list(s.heads.parameters()), limit, '_d'))
     if s.joint: s.figures.append(clipped(s.accelerator, learning(s.G), limit, '_g'))
-    figures = fetched(s.accelerator, s.figures)
+    figures = look(s.accelerator, s.figures)
     s.figures.clear()
     if 'skipped' not in figures:
         descend(s)

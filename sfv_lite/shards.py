@@ -87,6 +87,7 @@ def _listing(films)->str:
     kept = [(name,size(o),o.start,o.end,o.rate) for name,o in zip(_below(films), films)]
     return f"{len(films)} ({hashlib.sha256(repr(kept).encode()).hexdigest()[:12]})"
 
+# %% ../nbs/14a_shards.ipynb #6f9d9a2c
 @contextlib.contextmanager
 def _whole(path:Path):
     "Where to write a file that shall appear whole or not at all"
@@ -169,6 +170,7 @@ def prepare(
         _write_json(out/'report.json', report)
     return report
 
+# %% ../nbs/14a_shards.ipynb #af08efbe
 def dry_run(
     source:str|Path, # as for `prepare`
     spec:Cutting,
@@ -198,6 +200,7 @@ def _counted(stream, bar):
 START = dict(file=0, clip=0, total=0, done=False) # where the first shard begins
 TALLIES = 'breaks','passed','repeats','dropped'   # cuts, gaps; sidecars by ending; repeats; clips dropped, by reason
 
+# %% ../nbs/14a_shards.ipynb #ee91deac
 @dataclass
 class Filling:
     "Shards from a stream of clips"

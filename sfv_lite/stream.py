@@ -34,6 +34,7 @@ def load_manifest(
     return manifest | dict(clips=notes[-1]['total'], shards={k:o['rows'] for k,o in kept.items()},
         digests={k:o.get('sha256') for k,o in kept.items()}, content=hashlib.sha256(said.encode()).hexdigest()[:12])
 
+# %% ../nbs/14b_stream.ipynb #1b6ccecc
 def from_rows(
     rows:list[dict],  # of a shard
     manifest:dict,

@@ -118,7 +118,7 @@ def random_velocity(
     speed:tuple[float,float]=SPEED # pixels a frame, drawn uniformly
 )->Tensor:                         # `(n 2)`, `(y, x)` in pixels a frame
     "Velocities in all directions alike"
-    angle,pace = (torch.rand(n, generator=generator, dtype=torch.float32) for _ in 'ap')
+    angle,pace = (torch.rand(n, generator=generator, dtype=torch.float32) for _ in range(2))
     angle,pace = angle*2*torch.pi,speed[0] + pace*(speed[1]-speed[0])
     return pace[:,None]*torch.stack([angle.sin(),angle.cos()], -1)
 

@@ -38,6 +38,16 @@ def finite(folder):
     return not not_finite({str(o):list(load_file(o).values()) for o in Path(folder).rglob('*.safetensors')})
 
 
+def stopped(r, out, base, at=4, by=signal.SIGINT, **more):
+    "A run that is interrupted at its fourth batch"
+    from sfv_lite.train import digit_batches
+    def data(*args):
+        for k,batch in enumerate(digit_batches(*args), 1):
+            if k==at: signal.raise_signal(by)
+            yield batch
+    return distil(r, out, base, data, **more)
+
+
 def steps_kept(out): return sorted(int(o.name) for o in (Path(out)/'state').glob('[0-9]*'))
 
 
@@ -204,14 +214,7 @@ def test_power_loss(tmp_path):
 def run_folder(base, tmp_path_factory):
     "A stopped run of distil with two states"
     out = tmp_path_factory.mktemp('harm')/'run'
-    step = []
-    def data(*args):
-        from sfv_lite.train import digit_batches
-        for batch in digit_batches(*args):
-            step.append(1)
-            if len(step)==5: signal.raise_signal(signal.SIGINT)
-            yield batch
-    with pytest.raises(KeyboardInterrupt): distil(recipe(save_every=2), out, base, data)
+    with pytest.raises(KeyboardInterrupt): stopped(recipe(save_every=2), out, base)
     assert steps_kept(out)==[2,4]
     return out
 
@@ -271,16 +274,6 @@ def test_a_damaged_state_is_passed_over_and_named(harm, run_folder, base, tmp_pa
     assert files(out/'pipeline')==files(tmp_path/'whole/pipeline')
 
 
-def stopped(r, out, base, at=5):
-    "A run that is interrupted at its fifth batch"
-    from sfv_lite.train import digit_batches
-    def data(*args):
-        for k,batch in enumerate(digit_batches(*args), 1):
-            if k==at: signal.raise_signal(signal.SIGINT)
-            yield batch
-    return distil(r, out, base, data)
-
-
 def test_no_state_is_whole(run_folder, base, tmp_path):
     "Nothing is begun anew by itself"
     out = tmp_path/'run'
@@ -329,6 +322,22 @@ def test_what_may_change(run_folder, base, tmp_path):
 
 # one owner ----------------------------------------------------------------------------------------
 
+def test_a_run_that_goes_on_beyond_its_end(base, tmp_path):
+    "Its pipeline from before keeps its name and number, and is not given out for what the run has become"
+    from sfv_lite.export import student_of
+    out = tmp_path/'run'
+    distil(recipe(steps=3), out, base)
+    first = files(out/'pipeline')
+    with pytest.raises(KeyboardInterrupt, match='step 5 of 6'): stopped(recipe(), out, base, 2, resume=True)
+    assert not (out/'pipeline').exists() and files(out/'pipeline-000003')==first
+    on,before = student_of(out).unet,student_of(out/'pipeline-000003').unet
+    assert not torch.equal(on.conv_in.weight, before.conv_in.weight)
+    distil(recipe(), out, base, resume=True)
+    distil(recipe(), tmp_path/'whole', base)
+    assert files(out/'pipeline')==files(tmp_path/'whole/pipeline')
+    with pytest.raises(ValueError, match='6 steps already'): distil(recipe(steps=2), out, base, resume=True)
+
+
 def test_two_runs_into_one_folder(base, tmp_path):
     "The second is told so at once, and the first does not notice"
     said = []
@@ -357,16 +366,10 @@ def test_precision_is_the_recipes():
 
 def test_stopped_within_a_micro_batch(base, tmp_path):
     "Of a step of many micro-batches, on SIGTERM not one more is taken"
-    seen = []
-    def data(*args):
-        from sfv_lite.train import digit_batches
-        for batch in digit_batches(*args):
-            seen.append(1)
-            if len(seen)==6: signal.raise_signal(signal.SIGTERM)
-            yield batch
     r = recipe(batch=4, accumulation=4)
-    with pytest.raises(KeyboardInterrupt, match='stopped after step 1 of 6'): distil(r, tmp_path/'run', base, data)
-    assert len(seen)==6 and steps_kept(tmp_path/'run')==[1]
+    with pytest.raises(KeyboardInterrupt, match='stopped after step 1 of 6'):
+        stopped(r, tmp_path/'run', base, 6, signal.SIGTERM)
+    assert steps_kept(tmp_path/'run')==[1]
 
 
 def test_once_more(base, tmp_path, capsys):
