@@ -253,7 +253,7 @@ def plot_excess(
     for o,marker in zip(rows, itertools.cycle('osD^vP*X<>')):
         low = max(o['excess'], .1)
         bar = [[min(o['interval'], .9*low)], [o['interval']]]
-        ax.errorbar(o['evaluations'], low, bar, marker=marker, capsize=2, ls='none', label=o['clips by'])
+        ax.errorbar(o['evaluations'], low, bar, marker=marker, capsize=2, ls='none', color='black', label=o['clips by'])
     ax.set(xscale='log', yscale='log', xlabel='network evaluations a clip', ylabel='excess over the floor')
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1.01,.5))
     return shown(fig)
