@@ -12,6 +12,7 @@ __all__ = ['FORMATS', 'ENDINGS', 'MOST_PIXELS', 'HDR', 'LEADS', 'NUMBERED', 'HOL
 import itertools, math, os, re, statistics
 from collections import deque
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 import av, numpy as np
 from .shots import with_cuts
@@ -149,7 +150,8 @@ def whole(frames):
 def chain(frame, filters:list[str]):
     "FFmpeg's filters one after the other, for frames like this one"
     g = av.filter.Graph()
-    begin = g.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    ticks = frame.time_base or Fraction(1, 1000) # a picture from a file has no clock
+    begin = g.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=ticks)
     g.link_nodes(begin, *(g.add(*o.split('=',1)) for o in filters), g.add('buffersink')).configure()
     return g
 

@@ -85,10 +85,8 @@ def _in_table(file:Path)->list[Film]:
     for n,row in enumerate(rows, 2):
         try: start,end = float(row.get('start') or 0),float(row.get('end') or math.inf)
         except ValueError: start,end = math.nan,0.
-        line = f"{printable(file)}: line {n}"
-        if not 0<=start<end:
-            said = f"start {row.get('start')!r}, end {row.get('end')!r}"
-            raise ValueError(f"{line}: {said}: must be seconds, 0 ≤ start < end")
+        line,asked = f"{printable(file)}: line {n}",f"start {row.get('start')!r}, end {row.get('end')!r}"
+        if not 0<=start<end: raise ValueError(f"{line}: {asked}: must be seconds, 0 ≤ start < end")
         if not row['file']: raise ValueError(f"{line}: names no file")
         films.append(Film(file.parent/row['file'], start, end))
     return films
