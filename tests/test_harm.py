@@ -1,5 +1,5 @@
 """What goes wrong without stopping, and what stops at any moment: nothing is lost and nothing silent.
-`python tests/test_harm.py` counts many more tries and writes nbs/experiments/harm.json, notebook 16d's table"""
+`python tests/test_harm.py [FAULT …]` counts many more tries, for notebook 16d's table nbs/experiments/harm.json"""
 import errno, itertools, json, os, pkgutil, random, shutil, signal, sys, tempfile
 from pathlib import Path
 from unittest.mock import patch
@@ -595,26 +595,37 @@ def refused_in_a_line(argv, *causes):
     return code==0 or (code in (1,3) and 'Traceback' not in err.getvalue() and any(o in last[0] for o in causes))
 
 
+def settings_mutations(folder, tries, rng):
+    "Recipes with bytes changed: what is readable ends at the base that is not there"
+    mine,whole = Path(folder)/'mine.ini',(ROOT/'settings.ini').read_bytes()
+    argv = ['plan', '--settings', mine, '--recipe', 'digits', '--base', 'nowhere', '-o', Path(folder)/'p']
+    good = 0
+    for _ in range(tries):
+        mine.write_bytes(mutated(whole, rng))
+        good += refused_in_a_line([*map(str, argv)], 'mine.ini', 'recipe', 'nowhere')
+    return tries,good
+
+
 def test_mutated_settings(tmp_path):
-    "What is readable ends at the base that is not there"
-    shutil.copy(ROOT/'settings.ini', tmp_path/'mine.ini')
-    argv = ['plan', '--settings', tmp_path/'mine.ini', '--recipe', 'digits', '--base', 'nowhere', '-o', tmp_path/'p']
-    argv = list(map(str, argv))
-    rng,whole = random.Random(3),(tmp_path/'mine.ini').read_bytes()
-    for _ in range(60):
-        (tmp_path/'mine.ini').write_bytes(mutated(whole, rng))
-        assert refused_in_a_line(argv, 'mine.ini', 'recipe', 'nowhere')
+    tries,good = settings_mutations(tmp_path, 60, random.Random(3))
+    assert tries==good
+
+
+def picture_mutations(file, folder, tries, rng):
+    "A picture is what its bytes say, or no picture; never a traceback"
+    from sfv_lite.files import load_image
+    mine,whole,good = Path(folder)/'a.png',Path(file).read_bytes(),0
+    for _ in range(tries):
+        mine.write_bytes(mutated(whole, rng))
+        try: x = load_image(mine, (32,32))
+        except ValueError as e: good += 'a.png: not a readable picture' in str(e)
+        else: good += bool(x.shape==(3,32,32) and x.isfinite().all())
+    return tries,good
 
 
 def test_mutated_pictures(tmp_path, picture):
-    "A picture is what its bytes say, or no picture; never a traceback"
-    from sfv_lite.files import load_image
-    rng,whole = random.Random(4),Path(picture).read_bytes()
-    for k in range(200):
-        (tmp_path/'a.png').write_bytes(mutated(whole, rng))
-        try: x = load_image(tmp_path/'a.png', (32,32))
-        except ValueError as e: assert 'a.png: not a readable picture' in str(e)
-        else: assert x.shape==(3,32,32) and x.isfinite().all()
+    tries,good = picture_mutations(picture, tmp_path, 200, random.Random(4))
+    assert tries==good
 
 
 # students that go wrong ---------------------------------------------------------------------------
@@ -622,27 +633,36 @@ def test_mutated_pictures(tmp_path, picture):
 def warned(out): return {o['kind'] for o in read_rows(out/'warnings.csv')}
 
 
+def reddish(folder):
+    "The digits' teacher, with a decoder that makes red of what is bright"
+    from sfv_lite.pipelines import load_pipeline, save_pipeline
+    pipe = load_pipeline('digits-teacher')
+    with torch.no_grad(): pipe.vae.decoder.time_conv_out.weight[0] *= 2
+    return save_pipeline(pipe, folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('how', ['won','guess','still'])
+@pytest.mark.parametrize('how', ['won','guess','still','tint'])
 def test_a_student_that_goes_wrong(how, base, tmp_path, monkeypatch, capsys):
     """Judges who win against a generator that does not learn (and an average that does not move); judges who do not
-    learn; a student tied to clips that stand still"""
+    learn; a student tied to clips that stand still; one tied to plain grey, which its decoder shows in red"""
     import sfv_lite.health as health
     from sfv_lite import train
     usual = dict(log_every=5, sample_every=10, optimizer='adamw', tap='before', T_g=2, head_width=32)
     make = dict(won=dict(lr_g=0., lr_d=.005, P_mean=-4., P_std=.5, steps=60), guess=dict(lr_g=0., lr_d=0., steps=30),
-        still=dict(lr_g=2e-3, lr_d=1e-4, lam=100., steps=60))
+        still=dict(lr_g=2e-3, lr_d=1e-4, lam=100., steps=60), tint=dict(lr_g=2e-3, lr_d=1e-4, lam=100., steps=60))
     monkeypatch.setitem(health.LIMITS, 'after', 0)
     held = train.shown_clips # digits as they are
     monkeypatch.setattr(train, 'shown_clips', lambda pipe, r, acc, data, n: held(pipe, r, acc, None, n))
     def data(*args):
         for batch in train.digit_batches(*args):
             if how=='still': batch.latents = batch.latents[:,:1].expand_as(batch.latents).contiguous()
+            if how=='tint': batch.latents = 0*batch.latents
             if how=='won': batch.latents = 3*batch.latents # a difference that no judge can miss
             yield batch
-    start = base if how=='won' else 'digits-teacher'
+    start = dict(won=base, tint=reddish(tmp_path/'reddish')).get(how, 'digits-teacher')
     train.distil(recipe(**usual | make[how]), tmp_path/'run', start, data)
-    due = dict(won={'won','idle'}, guess={'guess','idle'}, still={'still'})[how]
+    due = dict(won={'won','idle'}, guess={'guess','idle'}, still={'still'}, tint={'tint'})[how]
     assert due<=warned(tmp_path/'run')
     said = capsys.readouterr().err
     assert all(health.WORDS[k].split('{')[0][:30] in said for k in due) and 'warnings.csv' in said
@@ -671,7 +691,7 @@ def kills(verb, argv, folder, tries, rng, launch=()):
             p = start(out, (out/'recipe.json').exists())
             try: p.wait(rng.uniform(.3, 1)*seconds if killed<3 else None)
             except subprocess.TimeoutExpired:
-                os.killpg(p.pid, signal.SIGKILL)
+                subprocess.run(['pkill', '-9', '-f', str(out)]) # a launcher's processes are sessions of their own
                 p.wait()
                 killed += 1
                 continue
@@ -684,51 +704,68 @@ def kills(verb, argv, folder, tries, rng, launch=()):
 def outcome(out):
     "What a command leaves that does not tell the time"
     keep = '.safetensors','.parquet'
-    return {k:v for k,v in files(out).items() if k.endswith(keep) and 'state/' not in k}
+    found = {k:v for k,v in files(out).items() if k.endswith(keep) and 'state/' not in k}
+    rows = json.loads((out/'table.json').read_text())['rows'] if (out/'table.json').exists() else []
+    return found,[{k:v for k,v in o.items() if k!='seconds'} for o in rows]
 
 
-def count():
-    "The table of notebook 16d: fault, tries, survived"
+def count(names:list[str]):
+    "The table of notebook 16d: fault, tries, survived; of these faults, or all"
     import time
-    rng,rows = random.Random(0),[]
-    folder = Path(tempfile.mkdtemp())
+    rng,begun,folder = random.Random(0),time.perf_counter(),Path(tempfile.mkdtemp())
+    table = ROOT/'nbs/experiments/harm.json'
+    rows = {o['fault']:o for o in json.loads(table.read_text())}
+    for fault,(how,find) in faults(folder, rng).items():
+        if names and fault not in names: continue
+        tries,good = find()
+        rows[fault] = dict(fault=fault, injected=how, tries=tries, survived=good)
+        print(rows[fault], round(time.perf_counter()-begun), 's', file=sys.stderr, flush=True)
+        table.write_text(json.dumps([*rows.values()], indent=1)+'\n')
+
+
+def faults(folder, rng):
+    "Fault: how it is injected, and what tries it"
+    from PIL import Image
     from sfv_lite.files import save_clip
     from sfv_lite.films import Cutting
     from sfv_lite.pipelines import save_pipeline
     from sfv_lite.shards import prepare
     from sfv_lite.svd import digits_pipeline
-    from sfv_lite.video import moving_digits
+    from sfv_lite.video import moving_digits, to_uint8
     base = save_pipeline(digits_pipeline(), folder/'base')
+    clips = [moving_digits(1, i)[0][0] for i in range(3)]
     (folder/'films').mkdir()
-    for i in range(3):
-        x = moving_digits(1, i)[0][0]
+    for i,x in enumerate(clips):
         save_clip(torch.cat([x, x.flip(0), x, x.flip(0)])[:27], folder/'films'/f'{i}.webm', 7)
+    Image.fromarray(to_uint8(clips[0][0]).transpose(1,2,0)).save(folder/'seven.png')
     prepare(folder/'films', folder/'shards', base, Cutting(8, 7, 32, 32), workers=0, shard=4)
-    def add(fault, how, found):
-        rows.append(dict(fault=fault, injected=how, tries=found[0], survived=found[1]))
-        print(rows[-1], round(time.perf_counter()-begun), 's', file=sys.stderr, flush=True)
-    begun = time.perf_counter()
-    add('killed', 'at every call that writes, in a run of one weight', every_write(folder/'a', Harm))
-    add('disk full', 'at every call that writes, in a run of one weight', every_write(folder/'b', full))
     run = folder/'run'
     with pytest.raises(KeyboardInterrupt): stopped(recipe(save_every=2), run, base)
-    add('a bit flips', 'in each file of a state, 50 times', flips(run/'state/000004', identity(run, base), 50,
-        np.random.default_rng(0)))
-    found = parquet_mutations(folder/'shards', folder/'c', 2000, rng)
-    add('a shard changes', 'bytes flipped, cut, doubled, filled', found)
     def look():
         with claim('distil', run, recipe(save_every=2), make_accelerator(recipe()), base, resume=True): pass
-    add('recipe.json changes', 'the same', json_mutations(run, ['recipe.json'], look, 2000, rng))
-    found = json_mutations(base, MODEL, lambda: inspect_folder(base), 2000, rng)
-    add('a model folder changes', 'the same, in its JSON files', found)
     steps = dict(steps=10, teacher_steps=10, vae_steps=12, save_every=2)
-    few = sets(**{**TINY, **steps, **dict(clips=8, batch=2, vae_batch=2)})
-    one = dict(
+    few = sets(**{**TINY, **steps, **dict(clips=8, batch=2, teacher_batch=2, vae_batch=2)})
+    verbs = dict(
         distil=['distil', '--base', base, *few], pretrain=['pretrain', '--base', base, *few], vae=['vae', *few],
-        prepare=['prepare', folder/'films', '--base', base, '--shard', 1, '--workers', 0])
-    for verb,argv in one.items():
-        add(f'{verb} is killed', 'SIGKILL at random moments, up to three times', kills(verb, argv, folder, 20, rng))
-    (ROOT/'nbs/experiments/harm.json').write_text(json.dumps(rows, indent=1)+'\n')
+        prepare=['prepare', folder/'films', '--base', base, '--shard', 1, '--workers', 0],
+        evaluate=['evaluate', 'digits', 'digits-teacher', '--clips', 64])
+    two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    writes,changed = 'at every call that writes, in a run of one weight','bytes flipped, cut, doubled, filled'
+    moments = 'SIGKILL at random moments, up to three times'
+    killed = lambda verb,launch=(): lambda: kills(verb, verbs[verb], folder, 20, rng, launch)
+    return {
+        'killed':(writes, lambda: every_write(folder/'a', Harm)),
+        'disk full':(writes, lambda: every_write(folder/'b', full)),
+        'a bit flips':('in each file of a state, 50 times',
+            lambda: flips(run/'state/000004', identity(run, base), 50, np.random.default_rng(0))),
+        'a shard changes':(changed, lambda: parquet_mutations(folder/'shards', folder/'c', 2000, rng)),
+        'recipe.json changes':(changed, lambda: json_mutations(run, ['recipe.json'], look, 2000, rng)),
+        'a model folder changes':(f'{changed}, in its JSON files',
+            lambda: json_mutations(base, MODEL, lambda: inspect_folder(base), 2000, rng)),
+        'settings.ini changes':(changed, lambda: settings_mutations(folder, 2000, rng)),
+        'a picture changes':(changed, lambda: picture_mutations(folder/'seven.png', folder, 2000, rng)),
+        **{f'{verb} is killed':(moments, killed(verb)) for verb in verbs},
+        **{f'{verb} is killed, two processes':(moments, killed(verb, two)) for verb in ('distil','pretrain')}}
 
 
-if __name__=='__main__': count()
+if __name__=='__main__': count(sys.argv[1:])
