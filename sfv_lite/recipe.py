@@ -146,6 +146,9 @@ class Recipe:
     teacher_warmup:int = number(0)
     teacher_ema:float = number(0, below=1)
     cond_dropout:float = number(0,1)
+    # clips of films: which are for validation, and who reads the others
+    held_out:float = number(0, below=1)
+    workers:int = number(0)
     # seed, precision, and how often a run reports
     seed:int = number(0, 2**32-1)
     precision:str = choice('auto','bf16','no')

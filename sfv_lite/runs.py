@@ -108,7 +108,7 @@ def recipe_of(asked:dict)->Recipe:
     return Recipe.from_values(f"recipe.json [{asked['name']}]", asked['name'], values)
 
 # %% ../nbs/16a_runs.ipynb #d9636c4e
-FREE = 'log_every','save_every','sample_every','keep','keep_every','bad_steps','tracker'
+FREE = 'workers','log_every','save_every','sample_every','keep','keep_every','bad_steps','tracker'
 
 def touched(
     recipe:Recipe

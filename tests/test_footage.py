@@ -3,13 +3,12 @@ import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from textwrap import dedent
 import numpy as np, pytest, torch
-from conftest import files
+from conftest import files, rows_of
 from sfv_lite.cli import main
 from sfv_lite.files import save_clip, save_frames
 from sfv_lite.films import Became, Cutting, Film, clips_of
 from sfv_lite.footage import Marks, Seen, Worth, decoded, find_films, measured
 from sfv_lite.shards import prepare
-from sfv_lite.stream import load_manifest, open_shards
 from sfv_lite.video import moving_digits
 
 SPEC = Cutting(8, 7, 32, 32)
@@ -135,8 +134,7 @@ def test_names_of_all_kinds(folder, base, tmp_path, capsys):
     report = json.loads((tmp_path/'out/report.json').read_text())
     assert report['clips']==4 and report['dropped']=={'exact repeat':12} and not report['refused']
     assert main(['prepare', str(folder), '-o', str(tmp_path/'all'), '--base', str(base)])==0
-    dealt = open_shards(tmp_path/'all', load_manifest(tmp_path/'all'), 0, 1, 0, 16, 4, 0)
-    named = {o['file'] for rows in dealt for o in rows}
+    named = {o['file'] for o in rows_of(tmp_path/'all')}
     assert {r'\xff\xfe.mp4', '2026-01-02T10:30:00.mp4', str(monkey)}<=named
 
 
@@ -151,8 +149,7 @@ def test_shards_are_read_from_the_folder_that_was_named(name, folder, base, tmp_
     for other in ('shv','sh2','sha','shards','a'):
         (tmp_path/other).mkdir()
         (tmp_path/other/'shard-00000.parquet').write_bytes(b'not mine')
-    dealt = open_shards(tmp_path/name, load_manifest(tmp_path/name), 0, 1, 0, 16, 2, 1)
-    assert [o['file'] for rows in dealt for o in rows]==['mine.mp4']*2
+    assert [o['file'] for o in rows_of(tmp_path/name)]==['mine.mp4']*2
 
 
 # processes ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import errno, itertools, json, os, pkgutil, random, shutil, signal, sys, tempfil
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest, torch
-from conftest import ROOT, TINY, files, recipe, sets
+from conftest import ROOT, TINY, files, recipe, rows_of, sets
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -87,8 +87,8 @@ def test_resumed_from_the_state_before_the_doubtful_one(base, tmp_path):
 
 def test_a_row_that_is_no_number(base, shards, tmp_path, capsys):
     "A NaN that got into a shard (whose digest was made for it) is named with its film"
-    import pyarrow as pa, pyarrow.parquet as pq
-    from sfv_lite.files import digest
+    import pyarrow.parquet as pq
+    from sfv_lite.shards import _write_shard
     folder = tmp_path/'shards'
     shutil.copytree(shards, folder)
     file = folder/'shard-00000.parquet'
@@ -96,9 +96,7 @@ def test_a_row_that_is_no_number(base, shards, tmp_path, capsys):
     spoilt = np.frombuffer(rows[1]['latents'], '<f2').copy()
     spoilt[7] = np.nan
     rows[1]['latents'] = spoilt.tobytes()
-    pq.write_table(pa.Table.from_pylist(rows), file)
-    note = json.loads((folder/'shard-00000.json').read_text())
-    (folder/'shard-00000.json').write_text(json.dumps(note | dict(sha256=digest(file))))
+    _write_shard(folder, 'shard-00000', rows, json.loads((folder/'shard-00000.json').read_text()))
     argv = ['distil', '-o', str(tmp_path/'run'), '--base', str(base), '--data', str(folder), *sets(**TINY)]
     assert main(argv)==1
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -498,16 +496,14 @@ def mutated(data:bytes, rng:random.Random)->bytes:
 
 def parquet_mutations(shards, tmp, tries, rng):
     "Shards with bytes changed: either refused, or the same clips"
-    from sfv_lite.stream import load_manifest, open_shards
     folder = Path(tmp)/'shards'
     shutil.copytree(shards, folder)
-    read = lambda: [o for rows in open_shards(folder, load_manifest(folder), 0, 1, 0, 64, 1, 0) for o in rows]
-    whole,good = read(),0
+    whole,good = rows_of(folder),0
     for _ in range(tries):
         file = rng.choice(sorted(folder.glob('*.parquet')))
         data = file.read_bytes()
         file.write_bytes(mutated(data, rng))
-        try: good += file.read_bytes()==data or read()==whole
+        try: good += file.read_bytes()==data or rows_of(folder)==whole
         except ValueError as e: good += file.name in str(e)
         file.write_bytes(data)
     return tries,good

@@ -9,7 +9,7 @@ from sfv_lite.files import load_clip, save_clip
 from sfv_lite.films import Cutting, clips_of
 from sfv_lite.files import locked
 from sfv_lite.shards import prepare
-from sfv_lite.stream import load_manifest, open_shards, shard_batches
+from sfv_lite.stream import Clips, held_films, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import moving_digits, to_uint8
 
@@ -222,13 +222,40 @@ def test_another_command_on_the_same_folder(good, base, shards, capsys):
 
 # training from shards -----------------------------------------------------------------------------
 
-def test_deals_without_overlap(shards):
-    "Two processes with two readers each: every clip once"
-    manifest,dealt = load_manifest(shards),[]
-    for rank in (0,1):
-        mine = open_shards(shards, manifest, rank, 2, 0, 64, 1, 2)
-        dealt += [(o['file'],o['start']) for rows in mine for o in rows]
-    assert len(dealt)==len(set(dealt))==18
+@pytest.mark.parametrize('world', [1,2,3,5])
+@pytest.mark.parametrize('sizes', [(16,2), (5,5,5,3), (18,), (1,)*18])
+def test_equal_shares(sizes, world):
+    "However clips lie in shards, all processes get as many in an epoch, none twice, and every clip in some epoch"
+    note = lambda n: dict(rows=n, group=4, films=[['a',n]], pieces=['']*(n//4+2))
+    clips = Clips('shards', dict(shards={str(k):note(n) for k,n in enumerate(sizes)}), lambda film: True)
+    seen = set()
+    for epoch in range(20):
+        dealt = [np.concatenate(clips.order(0, epoch, rank, world, 4)).tolist() for rank in range(world)]
+        assert [len(o) for o in dealt]==[18//world]*world
+        assert len(flat := {i for o in dealt for i in o})==18//world*world
+        seen |= flat
+    assert seen==set(range(18))
+
+
+def test_films_are_held_out_whole():
+    "As many clips as are asked for at least, never all films, and the same ones whatever else there is"
+    note = dict(rows=30, group=16, pieces=[''], films=[[f'{i}.mp4',3] for i in range(10)])
+    manifest = dict(clips=30, shards=dict(a=note))
+    held = {share:held_films(manifest, share) for share in (0,.01,.1,.11,.5,.99)}
+    assert [len(o) for o in held.values()]==[0,1,1,2,5,9] and held[.1]<held[.5]<held[.99]
+    assert held_films(dict(clips=3, shards=dict(a=note | dict(films=[['0.mp4',3]]))), .5)==set()
+
+
+def test_read_ahead(shards, base):
+    "The order is a function of seed, epoch and process; two processes that read ahead change nothing"
+    from types import SimpleNamespace
+    from sfv_lite.pipelines import load_pipeline
+    pipe,alone = load_pipeline(base),SimpleNamespace(process_index=0, num_processes=1, device=torch.device('cpu'))
+    def names(workers, start):
+        reader = shard_batches(shards)(pipe, recipe(workers=workers), 4, alone, start)
+        return [reader.clips for _ in zip(range(20), reader)]
+    whole = names(0, 0)
+    assert names(2, 0)==whole and names(2, 7)[:13]==names(0, 7)[:13]==whole[7:]
 
 
 @pytest.mark.slow
@@ -254,7 +281,7 @@ def test_resumed_on_shards(base, shards, tmp_path):
     def stops(*args):
         yield from itertools.islice(shard_batches(shards)(*args), 4)
         raise Killed
-    stops.source,stops.content = str(shards),load_manifest(shards)['content'] # as `shard_batches` says of itself
+    vars(stops).update(vars(shard_batches(shards))) # what it says of itself
     r = recipe(save_every=2)
     whole = distil(r, tmp_path/'whole', base, shard_batches(shards))
     with pytest.raises(Killed): distil(r, tmp_path/'cut', base, stops)
@@ -287,7 +314,9 @@ def test_shards_that_do_not_fit(wrong, shards, base, tmp_path, capsys):
 def test_a_shard_of_more_than_two_gigabytes(tmp_path):
     "2,100 clips of a megabyte each, as `--shard 4096` makes them at SVD's size: written and read again, some at a time"
     from sfv_lite.shards import _write_shard
-    from sfv_lite.stream import rows_of
-    rows = [dict(latents=bytes(2**20), start=float(k)) for k in range(2100)]
+    from sfv_lite.stream import read_rows
+    rows = [dict(latents=bytes(2**20), start=float(k), file='a') for k in range(2100)]
     _write_shard(tmp_path, 'shard-00000', rows, dict(rows=len(rows)))
-    assert [o['start'] for o in rows_of([(tmp_path/'shard-00000.parquet', None)])]==list(range(2100))
+    note = json.loads((tmp_path/'shard-00000.json').read_text())
+    some = np.array([2099,0,1000,1001])
+    assert [o['start'] for o in read_rows(tmp_path/'shard-00000.parquet', note, some)]==some.tolist()
