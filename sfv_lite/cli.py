@@ -99,8 +99,11 @@ def _train(all_verbs)->None:
         v.flag('--resume', "go on where the run in OUT stopped")
     for v in (pre,dis):
         v.option('--data', Path, None, "a folder that prepare made", "the built-in moving digits", metavar='SHARDS')
+        v.option('--init', str, None, "pipeline whose UNet training begins with, whole or by the recipe's LoRA",
+            "random weights" if v is pre else "the base's", metavar='MODEL')
     pre.base("pipeline whose VAE and image tower are used")
-    dis.base("pre-trained pipeline to start from")
+    dis.base("pre-trained pipeline, which the judges look through")
+    dis.option('--method', str, 'sfv', "sfv, or one of two rivals", choices=('sfv','ladd','consistency'))
 
 # %% ../nbs/30b_cli.ipynb #5db4d30d
 def _demo(all_verbs)->None:
@@ -144,6 +147,7 @@ def _export(all_verbs)->None:
     help = "folder of a finished run or a stopped distil, or any pipeline"
     v.parser.add_argument('run_folder', metavar='RUN', help=help)
     v.option('--dtype', str, 'fp16', "of UNet and VAE in the files", choices=('fp32','fp16','bf16'))
+    v.option('--at', str, 'last', "which average: last, best by validation, or a step that was kept")
     v.option('--variant', str, None, "a word in the files' names, such as the public checkpoint's fp16", "none")
 
 def _reproduce(all_verbs)->None:

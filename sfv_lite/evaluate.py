@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from .edm import karras_sigmas
-from .files import load_clip, save_clip, table, write_rows, write_text
-from .judge import JUDGE, excess, features, progress_bar
+from .files import load_clip, progress_bar, save_clip, table, write_rows, write_text
+from .judge import JUDGE, excess, features
 from .pipelines import load_pipeline, pipeline_folder
 from .sampling import sample_consistency, sample_euler
 from .svd import Condition, Denoiser, condition, decode

@@ -6,46 +6,54 @@
 __all__ = ['CARD', 'ONE_STEP', 'base_of', 'student_of', 'how_made', 'export', 'card_of']
 
 # %% ../nbs/18_export.ipynb #c2bafce3
-import dataclasses, json, os
+import dataclasses, json, math, os
 from pathlib import Path
 import torch
 import sfv_lite
-from .checkpoint import Checkpoint, load
+from .checkpoint import Checkpoint, average_at, best_of, load
 from .files import content, read_rows
 from .fit import merge_lora
 from .pipelines import default_size, load_pipeline, pipeline_folder, save_pipeline
 from .runs import Run, asked_of, make_accelerator, recipe_of, steps_of
 from .sfv import learning
-from .train import make_state
+from .train import make_state, with_start
 
 # %% ../nbs/18_export.ipynb #97cc6cb3
-def base_of(run:Path, asked:dict)->str|Path: # raises where it is not there, or another
-    "The base that a run began with: as it was called, or where it lay beside the run"
-    places = [asked['base'], *([os.path.normpath(run/asked['base_from'])] if asked.get('base_from') else [])]
+def base_of(
+    run:Path,
+    asked:dict,   # of the run
+    key='base'    # or 'init'
+)->str|Path|None: # None: the run had none; raises where it is not there, or another
+    "The base, or the start, that a run began with: as it was called, or where it lay beside the run"
+    if not asked.get(key): return None
+    places = [asked[key], *([os.path.normpath(run/asked[f'{key}_from'])] if asked.get(f'{key}_from') else [])]
     found = {}
     for o in places:
         try: found[o] = content(pipeline_folder(o))
         except FileNotFoundError: continue
-        if found[o]==asked.get('base_is'): return o
+        if found[o]==asked.get(f'{key}_is'): return o
     if not found:
-        raise FileNotFoundError(f"{run}: its base {asked['base']} is not here; put it back, or beside the run")
-    raise ValueError(f"{next(iter(found))}: is not the base that {run} began with, but another under the same name; "
+        raise FileNotFoundError(f"{run}: its {key} {asked[key]} is not here; put it back, or beside the run")
+    raise ValueError(f"{next(iter(found))}: is not the {key} that {run} began with, but another under the same name; "
         "restore that one")
 
 def student_of(
-    run:str|Path # folder of a `distil` run, finished or stopped; or any pipeline
-):               # a `StableVideoDiffusionPipeline` in fp32
+    run:str|Path,  # folder of a `distil` run, finished or stopped; or any pipeline
+    at:str='last'  # or 'best', or a step: an average that validation has seen
+):                 # a `StableVideoDiffusionPipeline` in fp32
     "The averaged student of a run, as far as it got"
     run = Path(run)
-    if (run/'pipeline').is_dir() or not (run/'state').is_dir(): return load_pipeline(run)
+    if at=='last' and ((run/'pipeline').is_dir() or not (run/'state').is_dir()): return load_pipeline(run)
     asked = asked_of(run)
     if not asked: raise ValueError(f"{run}: holds a state, and no recipe.json that says of what; restore it")
     if asked['verb']!='distil':
         raise ValueError(f"{run}: an unfinished run of {asked['verb']}; finish it with --resume")
     recipe = recipe_of(asked)
-    accelerator,pipe = make_accelerator(dataclasses.replace(recipe, tracker='none')),load_pipeline(base_of(run, asked))
-    state = make_state(pipe, recipe, accelerator)
-    load(Checkpoint(Run(run, asked, recipe, accelerator), state.ema, partial=recipe.lora_rank>0))
+    accelerator = make_accelerator(dataclasses.replace(recipe, tracker='none'))
+    pipe,eye = with_start(load_pipeline(base_of(run, asked)), base_of(run, asked, 'init'))
+    state = make_state(pipe, recipe, accelerator, eye)
+    if at=='last': load(Checkpoint(Run(run, asked, recipe, accelerator), state.ema, partial=recipe.lora_rank>0))
+    else: state.ema.shadow_params = average_at(run, at)
     state.ema.copy_to(learning(state.G))
     if recipe.lora_rank: merge_lora(pipe.unet)
     return pipe
@@ -82,10 +90,11 @@ suffers first, as SF-V's authors say of their own.
 ONE_STEP = ("A one-step image-to-video model, made by [SF-V](https://arxiv.org/abs/2406.04324)'s adversarial "
     "distillation: one call of the UNet makes the clip, without guidance.")
 
-def how_made(run:Path, asked:dict)->str:
+def how_made(run:Path, asked:dict, at:str='last')->str:
     "What a run was asked, and how far it got, for its card"
     if not asked: return 'Its run left no record.'
-    last = (read_rows(run/'log.csv') or [{}])[-1]
+    upto = best_of(read_rows(run/'validation.csv')) if at=='best' else int(at) if at.isdecimal() else math.inf
+    last = ([o for o in read_rows(run/'log.csv') if int(o['step'])<=upto] or [{}])[-1]
     steps,hours = f"{last.get('step', 0)} of {steps_of(asked)} steps",float(last.get('seconds', 0))/3600
     what = f"Run `{asked['verb']}`, base `{asked['base']}`, data `{asked.get('data') or 'moving digits'}`"
     how_far = f"recipe `[{asked['name']}]`, {steps} in {hours:.2f} hours"
@@ -96,26 +105,28 @@ def export(
     run:str|Path,    # as for `student_of`
     out:str|Path,    # folder, written whole or not at all
     dtype:torch.dtype|None=None, # of UNet and VAE; None: fp32
-    variant:str|None=None        # as for `save_pipeline`
+    variant:str|None=None,       # as for `save_pipeline`
+    at:str='last'                # as for `student_of`
 )->Path:             # the folder
     "A pipeline folder with a model card, for stock diffusers and for others"
     out,run = Path(out),Path(run)
     if out.exists(): raise FileExistsError(f"{out}: exists; export into a new folder")
-    pipe,asked = student_of(run),asked_of(run)
+    pipe,asked = student_of(run, at),asked_of(run)
     old = pipeline_folder(run)/'README.md' if not asked else None # whoever made it knows it better
-    card = old.read_text(encoding='utf-8') if old and old.is_file() else card_of(pipe, run, asked, out.name)
+    card = old.read_text(encoding='utf-8') if old and old.is_file() else card_of(pipe, run, asked, out.name, at)
     return save_pipeline(pipe, out, dtype, variant, card)
 
 def card_of(
     pipe,      # a `StableVideoDiffusionPipeline`
     run:Path,
     asked:dict,# of that run
-    name:str
+    name:str,
+    at:str='last' # as for `student_of`
 )->str:        # markdown
     "The card of a model"
     height,width = default_size(pipe)
     size = dict(height=height, width=width, frames=pipe.unet.config.num_frames, fps=7)
     size |= {k:asked[k] for k in size if k in asked}
     what,steps,guidance = (ONE_STEP,1,1) if asked.get('verb')=='distil' else ('An image-to-video diffusion model.',25,3)
-    return CARD.format(name=name, version=sfv_lite.__version__, what=what, made=how_made(run, asked),
+    return CARD.format(name=name, version=sfv_lite.__version__, what=what, made=how_made(run, asked, at),
         steps=steps, guidance=guidance, **size)

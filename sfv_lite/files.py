@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PIXELS', 'ENDINGS', 'flush', 'write_text', 'replace_folder', 'locked', 'digest', 'content', 'read_rows',
-           'write_rows', 'append_row', 'table', 'save_clip', 'save_frames', 'load_clip', 'as_rgb', 'load_image',
-           'pictures']
+           'write_rows', 'append_row', 'table', 'progress_bar', 'save_clip', 'save_frames', 'load_clip', 'as_rgb',
+           'load_image', 'pictures']
 
 # %% ../nbs/11_files.ipynb #37dfaf75
 import csv, functools, hashlib, io, os, shutil, warnings
@@ -14,6 +14,7 @@ import numpy as np, torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from .video import _gif, moving_digits, to_uint8
 
 # %% ../nbs/11_files.ipynb #a541b290
@@ -112,6 +113,11 @@ def table(
     widths = [max(map(len,column)) for column in zip(*cells)]
     lines = ['| '+' | '.join(c.ljust(w) for c,w in zip(row,widths))+' |' for row in cells]
     return '\n'.join([lines[0], '|'+'|'.join('-'*(w+2) for w in widths)+'|', *lines[1:]])
+
+# %% ../nbs/11_files.ipynb #0ca4f467
+def progress_bar(*args, shown:bool=True, **kwargs)->tqdm:
+    "A progress bar of tqdm's; TQDM_DISABLE=1 in the environment hides it, in Jupyter as well"
+    return tqdm(*args, **kwargs, disable=not shown or bool(os.environ.get('TQDM_DISABLE')))
 
 # %% ../nbs/11_files.ipynb #7c1ec5b3
 def _video(frames:np.ndarray, # uint8 `(t h w 3)`

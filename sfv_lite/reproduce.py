@@ -52,14 +52,15 @@ def reproduce(
     if verb=='vae': train_vae(recipe, **common)
     elif verb in ('pretrain','distil'):
         data = shard_batches(asked['data']) if asked.get('data') else None
-        {'pretrain':pretrain, 'distil':distil}[verb](recipe, base=base_of(run, asked), data=data, **common)
+        common |= dict(base=base_of(run, asked), init=base_of(run, asked, 'init'), data=data)
+        {'pretrain':pretrain, 'distil':distil}[verb](recipe, **common)
     else: raise ValueError(f"{run}: was made by {verb}; vae, pretrain and distil can be made again by command")
     found = differences(run/'pipeline', out/'pipeline')
     then,now = ((asked_of(o).get('made_with') or [{}])[-1] for o in (run,out))
     free = 'command','revision'
     other = {k:[then.get(k), now.get(k)] for k in now if then.get(k)!=now.get(k) and k not in free}
     again = asked_of(out)
-    other |= {k:[asked.get(k), again.get(k)] for k in ('base_is','data_is') if asked.get(k)!=again.get(k)}
+    other |= {k:[asked.get(k), again.get(k)] for k in ('base_is','init_is','data_is') if asked.get(k)!=again.get(k)}
     found |= dict(alike=not found['differ'], other=other)
     found['verdict'] = verdict(found)
     write_text(out/'reproduced.json', json.dumps(found, indent=1)+'\n')

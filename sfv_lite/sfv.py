@@ -99,10 +99,12 @@ class State:
         pipe,   # a pre-trained pipeline, whose UNet becomes G
         recipe, # as in `State`
         accelerator:Accelerator,
-        plain=None # as in `State`; given, the eye is G's own UNet and not a copy
+        plain=None, # as in `State`; given, the eye is G's own UNet and not a copy
+        eye=None # the UNet whose encoder half is the eye; None: G's, as it is now
     )->'State':
         "Generator and discriminator from one pre-trained UNet (§3.3); heads draw from PyTorch's random state"
-        D = Discriminator(pipe.unet, recipe.spatial, recipe.temporal, plain is not None, recipe.tap, recipe.head_width)
+        seen_by,share = eye or pipe.unet,plain is not None
+        D = Discriminator(seen_by, recipe.spatial, recipe.temporal, share, recipe.tap, recipe.head_width)
         D,G = D.to(accelerator.device),Denoiser(pipe.unet).train()
         ema = EMAModel(learning(G), decay=recipe.ema, foreach=True)
         opt_g = make_optimizer(learning(G), recipe, recipe.lr_g)

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np, torch
 from einops import rearrange, repeat
 from torch import Tensor
-from tqdm.auto import tqdm
 from .edm import LogNormal, add_noise
-from .files import flush, locked
+from .files import flush, locked, progress_bar
 from .films import Became, Cutting, printable
 from .footage import Marks, Seen, Sheet, Worth, decoded, find_films, motion_bucket
 from .inspection import not_finite
@@ -205,7 +204,7 @@ def dry_run(
     return _report([note], found)
 
 def _bar(films:int, done:int=0):
-    return tqdm(total=films, initial=done, desc='prepare', unit='file', disable=bool(os.environ.get('TQDM_DISABLE')))
+    return progress_bar(total=films, initial=done, desc='prepare', unit='file')
 
 def _counted(stream, bar):
     for i,o in stream:

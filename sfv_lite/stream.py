@@ -128,7 +128,10 @@ class Clips:
 
     def __len__(self): return len(self.row)
 
-    def order(self, seed:int, epoch:int, rank:int, world:int, window:int)->list[np.ndarray]: # numbers of clips, by window
+    def order(self,
+        seed:int, epoch:int, rank:int, world:int,
+        window:int         # clips that are read at a time
+    )->list[np.ndarray]:   # numbers of clips, by window
         "What a process is dealt in an epoch"
         g = np.random.default_rng([seed, epoch])
         shuffled = np.argsort(g.permutation(self.groups)[self.group], kind='stable')
@@ -147,7 +150,11 @@ class Clips:
 # %% ../nbs/14b_stream.ipynb #5a5185e7
 class Windows(IterableDataset):
     "A process's windows from a micro-batch on, for ever: tensors, and the names of their clips"
-    def __init__(self, clips:Clips, manifest:dict, seed:int, rank:int, world:int, batch:int, buffer:int=128, start:int=0):
+    def __init__(self, clips:Clips, manifest:dict, seed:int, rank:int, world:int,
+        batch:int,      # clips a micro-batch
+        buffer:int=128, # clips that are read at a time, about
+        start:int=0     # first micro-batch
+    ):
         self.clips,self.manifest,self.seed,self.rank,self.world = clips,manifest,seed,rank,world
         per_window = max(1, buffer//batch) # micro-batches
         per_epoch = len(clips)//world//batch

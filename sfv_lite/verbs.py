@@ -99,13 +99,27 @@ def pretrain(args):
     "A teacher"
     recipe,data = load_recipe(args),_data(args)
     from sfv_lite.train import pretrain
-    print(pretrain(recipe, args.out, data, args.base, args.resume))
+    print(pretrain(recipe, args.out, data, args.base, args.resume, args.init))
 
 def distil(args):
-    "A one-step student"
+    "A one-step student, or one of few steps by consistency"
+    if args.method=='ladd':
+        from sfv_lite.baselines import LADD
+        args.set = [*(f'{k}={v}' for k,v in LADD.items()), *args.set]
     recipe,data = load_recipe(args),_data(args)
+    if args.method=='consistency':
+        if args.init: raise ValueError(f"--init {args.init}: consistency begins as its teacher, --base")
+        from sfv_lite.baselines import consistency
+        return print(consistency(recipe, args.out, args.base, data=data, resume=args.resume))
+    elif args.method=='ladd':
+        from functools import partial
+        from sfv_lite.baselines import taught, teachers_clips
+        from sfv_lite.digits import digit_batches
+        from sfv_lite.evaluate import Way
+        teacher = Way(args.base, 25)
+        data = taught(data, teacher) if data else partial(digit_batches, clips=teachers_clips(teacher))
     from sfv_lite.train import distil
-    print(distil(recipe, args.out, args.base, data, args.resume))
+    print(distil(recipe, args.out, args.base, data, args.resume, args.init))
 
 # %% ../nbs/30a_verbs.ipynb #47514811
 def demo(args):
@@ -210,7 +224,8 @@ def _save(clip, out:Path, kind:str|None, stem:str, fps:int)->Path:
 def export(args):
     "A pipeline folder with a card"
     from sfv_lite.export import export
-    print(export(args.run_folder, args.out, None if args.dtype=='fp32' else _dtype(args.dtype), args.variant))
+    dtype = None if args.dtype=='fp32' else _dtype(args.dtype)
+    print(export(args.run_folder, args.out, dtype, args.variant, args.at))
 
 def reproduce(args):
     "A run once more, and what differs"

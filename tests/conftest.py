@@ -1,17 +1,18 @@
 "What the tests share: one thread, no network, a small untrained pipeline, and ways to run the command line"
-import os, subprocess, sys
+import os, subprocess, sys, tempfile
 from pathlib import Path
 
 # before torch is imported, and for every process that a test starts
 os.environ.update(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', HF_HUB_OFFLINE='1', MPLBACKEND='agg')
+os.environ.setdefault('SFV_LITE_CACHE', tempfile.mkdtemp()) # the user's own stays as it is
 
 import pytest, torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(clips=32, batch=4, teacher_batch=4, steps=6, teacher_steps=6, head_start=0, warmup=0, teacher_warmup=0,
-    schedule='constant', accumulation=1, log_every=1, save_every=1000, sample_every=1000, precision='no',
-    tracker='none', T_g=4, lam=.1)
+    schedule='constant', accumulation=1, log_every=1, save_every=1000, sample_every=1000, validate_every=1000,
+    validate_clips=4, precision='no', tracker='none', T_g=4, lam=.1)
 
 
 def begin(folder, verb, recipe):

@@ -8,7 +8,8 @@ from sfv_lite.files import load_clip, load_image, save_clip
 from sfv_lite.pipelines import load_pipeline
 from sfv_lite.sampling import sample_once
 from sfv_lite.svd import Denoiser, condition, decode
-from sfv_lite.train import distil, digit_clips
+from sfv_lite.digits import digit_clips
+from sfv_lite.train import distil
 from sfv_lite.video import moving_digits
 
 

@@ -5,6 +5,7 @@ from conftest import files, python, sets, sfv
 from PIL import Image
 from sfv_lite.cli import main
 from sfv_lite.files import load_clip, save_clip
+from sfv_lite.fit import LEARNS
 from sfv_lite.pipelines import load_decoder, load_pipeline, save_pipeline
 from sfv_lite.svd import Denoiser, condition, decode, svd_pipeline
 from sfv_lite.video import moving_digits
@@ -37,12 +38,12 @@ def test_from_videos_to_a_clip(recipe, desk, tmp_path):
     done = sfv(*argv, *SMALL, *more, cwd=desk)
     assert done.returncode==0, done.stderr
     state = sum(o.stat().st_size for o in (tmp_path/'run/state').rglob('model.safetensors'))
-    assert (state<1e6)==(recipe=='svd-lora'), "with LoRA only the additions are kept in a state"
+    assert (state<5e6)==(recipe=='svd-lora'), "with LoRA only the additions are kept in a state"
     assert main(['export', str(tmp_path/'run'), '-o', str(tmp_path/'out'), '--dtype', 'fp32'])==0
     base,student = load_pipeline(desk/'base'),load_pipeline(tmp_path/'out')
     assert list(student.unet.state_dict())==list(base.unet.state_dict())
     moved = [k for k,v in student.unet.state_dict().items() if not torch.equal(v, base.unet.state_dict()[k])]
-    assert moved and (recipe=='svd' or all(re.search('to_(q|k|v|out.0).weight', o) for o in moved))
+    assert moved and (recipe=='svd' or all(re.fullmatch(LEARNS, o.removesuffix('.weight')) for o in moved))
     assert 'num_inference_steps=1' in (tmp_path/'out/README.md').read_text()
     argv = ['sample', str(desk/'picture.png'), '--model', str(tmp_path/'out'), '-o', str(tmp_path/'clips')]
     assert main([*argv, '--clips', '2', '--as', 'mp4'])==0

@@ -648,14 +648,13 @@ def test_a_student_that_goes_wrong(how, base, tmp_path, monkeypatch, capsys):
     make = dict(won=dict(lr_g=0., lr_d=.005, P_mean=-4., P_std=.5, steps=60), guess=dict(lr_g=0., lr_d=0., steps=30),
         still=dict(lr_g=2e-3, lr_d=1e-4, lam=100., steps=60), tint=dict(lr_g=2e-3, lr_d=1e-4, lam=100., steps=60))
     monkeypatch.setitem(health.LIMITS, 'after', 0)
-    held = train.shown_clips # digits as they are
-    monkeypatch.setattr(train, 'shown_clips', lambda pipe, r, acc, data, n: held(pipe, r, acc, None, n))
     def data(*args):
         for batch in train.digit_batches(*args):
             if how=='still': batch.latents = batch.latents[:,:1].expand_as(batch.latents).contiguous()
             if how=='tint': batch.latents = 0*batch.latents
             if how=='won': batch.latents = 3*batch.latents # a difference that no judge can miss
             yield batch
+    data.held = train.digit_batches.held # digits as they are
     start = dict(won=base, tint=reddish(tmp_path/'reddish')).get(how, 'digits-teacher')
     train.distil(recipe(**usual | make[how]), tmp_path/'run', start, data)
     due = dict(won={'won','idle'}, guess={'guess','idle'}, still={'still'}, tint={'tint'})[how]
@@ -687,7 +686,7 @@ def kills(verb, argv, folder, tries, rng, launch=()):
             p = start(out, (out/'recipe.json').exists())
             try: p.wait(rng.uniform(.3, 1)*seconds if killed<3 else None)
             except subprocess.TimeoutExpired:
-                subprocess.run(['pkill', '-9', '-f', str(out)]) # a launcher's processes are sessions of their own
+                while not subprocess.run(['pkill', '-9', '-f', f'{out}($| )']).returncode: time.sleep(.05) # all processes
                 p.wait()
                 killed += 1
                 continue
