@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CONTEXT', 'Memory', 'pretending', 'bytes_of', 'random_batch', 'blind_step', 'memory_of', 'standing',
-           'flops_of', 'network_sizes', 'shard_bytes', 'plan', 'verdict']
+           'flops_of', 'network_sizes', 'shard_bytes', 'looks_of', 'plan', 'verdict']
 
 # %% ../nbs/21_plan.ipynb #b3983cc9
 import contextlib, dataclasses, json, weakref
@@ -24,7 +24,7 @@ from .measure import count_flops
 from .pipelines import pipeline_folder
 from .recipe import Recipe, RecipeError
 from .sfv import State, distil_step, learning
-from .svd import Batch, Condition, networks, svd_sizes
+from .svd import Batch, Condition, Denoiser, decode, networks, svd_sizes
 from .train import make_state
 
 # %% ../nbs/21_plan.ipynb #a5fd33bc
@@ -184,6 +184,22 @@ def shard_bytes(
     with FakeTensorMode(): b = random_batch(sizes, recipe, 1)
     return 2*(b.latents.numel() + noisy*b.cond.image_latents.numel() + b.cond.image_embeds.numel())
 
+# %% ../nbs/21_plan.ipynb #065a079e
+def looks_of(
+    recipe:Recipe,
+    sizes:dict # as `svd_sizes`
+)->dict[str,float]: # operations: of a picture, of a validation, of a clip that is prepared
+    "What a run spends on looking at itself, and `prepare` on a clip"
+    with pretending(), torch.no_grad():
+        n,b = networks(**sizes),random_batch(sizes, recipe, 1)
+        G,frames = Denoiser(n['unet']),torch.randn(recipe.frames+4, 3, recipe.height, recipe.width) # 4 noisy first ones
+        once = count_flops(lambda: G(b.latents, torch.ones(1), b.cond))
+        pixels = count_flops(lambda: decode(n['vae'], b.latents))
+        tower = count_flops(lambda: n['image_encoder'](torch.randn(1, 3, 224, 224)))
+        encode = tower+count_flops(lambda: n['vae'].encode(frames))
+    asked = recipe.validate_clips/2 # the judges' hinge takes 16 more calls of G, and half as much for the eye, twice
+    return dict(picture=8*once+16*pixels, validation=asked*(once+pixels+recipe.frames*tower)+32*once, encode=encode)
+
 # %% ../nbs/21_plan.ipynb #935a8158
 def plan(
     recipe:Recipe,
@@ -191,7 +207,8 @@ def plan(
     gpus:int=8,
     base:str|None=None,# as for `network_sizes`
     utilisation:float=.09, # share of the card's peak that a run gets, 0…1; an H200's
-    clips:int=1_000_000 # that are prepared once; the paper's number
+    clips:int=1_000_000,# that are prepared once; the paper's number
+    price:float|None=None # of a card for an hour, in whatever money
 )->dict:               # figures in bytes, FLOPs and days; raises `RecipeError` where the batch cannot be shared out
     "What a run of `distil` takes"
     if recipe.batch%(gpus*recipe.accumulation):
@@ -205,12 +222,18 @@ def plan(
     memory = {again:memory_of(dataclasses.replace(recipe, checkpointing=again), sizes, gpus) for again in (False,True)}
     need = memory[recipe.checkpointing]['peak'] + vae + CONTEXT
     flops,steps,clip = flops_of(recipe, sizes),recipe.steps+recipe.head_start,shard_bytes(recipe, sizes)
-    seconds = flops/(gpus*tflops*1e12*utilisation)
+    rate = tflops*1e12*utilisation # operations a second of one card
+    seconds,apart = flops/(gpus*rate),looks_of(recipe, sizes)
+    pictures,validations = steps//recipe.sample_every,1+steps//recipe.validate_every
+    looking = (pictures*apart['picture']+validations*apart['validation']/gpus)/rate
+    hours = dict(training=(seconds*steps+looking)/3600, preparing=clips*apart['encode']/rate/3600)
     return dict(
         recipe=recipe.name, gpu=gpu, gpus=gpus, card=gb*2**30, need=int(need), fits=need<=gb*2**30, vae=vae,
         memory={'blocks kept':memory[False], 'blocks computed again':memory[True]},
-        flops=flops, utilisation=utilisation, seconds_a_step=seconds, steps=steps, days=seconds*steps/86400,
-        clip=clip, shards=clips*clip)
+        flops=flops, utilisation=utilisation, seconds_a_step=seconds, steps=steps, days=hours['training']/24,
+        looking=looking/(seconds*steps+looking), clip=clip, shards=clips*clip, clips=clips, hours=hours,
+        first_picture=(seconds*recipe.sample_every+apart['picture']/rate)/3600,
+        price=price and {'training':price*gpus*hours['training'], 'preparing':price*hours['preparing']})
 
 def verdict(
     p:dict # of `plan`
@@ -226,4 +249,7 @@ def verdict(
             f"{gb(p['card']):.0f} GB: {'fits' if p['fits'] else f'does not fit; {cure}'}",
         f"{p['flops']/1e12:,.0f} TFLOP a step; at {p['utilisation']:.0%} of the cards' peak "
             f"{p['seconds_a_step']:.2f} s, {p['days']:.1f} days for {p['steps']:,} steps",
-        f"shards: {p['clip']/1e3:,.0f} kB a clip, {p['shards']/1e9:,.0f} GB in all"])
+        f"the first picture after {p['first_picture']:.1f} hours; pictures and validation are {p['looking']:.0%} of it",
+        f"shards: {p['clip']/1e3:,.0f} kB a clip, {p['shards']/1e9:,.0f} GB in all; one such card encodes "
+            f"{p['clips']:,} clips in {p['hours']['preparing']:.1f} hours",
+        *(['price: ' + ', '.join(f"{v:,.0f} for {k}" for k,v in p['price'].items())] if p['price'] else [])])

@@ -156,6 +156,8 @@ class Recipe:
     log_every:int = number(1)
     save_every:int = number(1)
     sample_every:int = number(1)
+    save_minutes:float = number(0)
+    sample_minutes:float = number(0)
     validate_every:int = number(1)
     validate_clips:int = number(2)
     keep:int = number(1)

@@ -105,8 +105,8 @@ def recipe_of(asked:dict)->Recipe:
     return Recipe.from_values(f"recipe.json [{asked['name']}]", asked['name'], values)
 
 # %% ../nbs/16a_runs.ipynb #d9636c4e
-FREE = ('workers','log_every','save_every','sample_every','validate_every','validate_clips','keep','keep_every',
-    'bad_steps','tracker')
+FREE = ('workers','log_every','save_every','sample_every','save_minutes','sample_minutes','validate_every',
+    'validate_clips','keep','keep_every','bad_steps','tracker')
 
 def touched(
     recipe:Recipe

@@ -238,7 +238,7 @@ def plan(args):
     "Memory, operations and days of a run"
     recipe = load_recipe(args)
     from sfv_lite.plan import plan, verdict
-    p = plan(recipe, args.gpu, args.gpus, args.base, args.utilisation, args.clips)
+    p = plan(recipe, args.gpu, args.gpus, args.base, args.utilisation, args.clips, args.price)
     _write_json(args.out, p)
     print(f"{verdict(p)}\n\n{args.out}")
 
