@@ -176,13 +176,16 @@ def _evaluate(all_verbs)->None:
     v = Verb(all_verbs, 'evaluate', verbs.evaluate, help, 'evaluation')
     v.parser.add_argument('ways', nargs='*', metavar='RUN', help="MODEL[@STEPS[xGUIDANCE]], such as runs/student or "
         "digits-teacher@25x2; @STEPSr noises afresh between steps")
-    v.option('--clips', within(int,64), 2048, "clips a side, at least 64")
+    v.option('--clips', within(int,2), None, "clips a side", "2048 digits, of which there must be 64; 64 with --frames")
+    v.option('--frames', Path, None, "instead of digits: a folder of films that nobody trained on, or of shards, of "
+        "which the held-out films are taken", "none", metavar='SOURCE')
+    v.option('--fps', within(float,.01), 7., "for --frames: frames a second")
     v.parser.add_argument('--fvd', nargs=2, type=Path, metavar=('REAL','MADE'), help="instead: the literature's FVD of "
         "two folders of videos (needs the extra fvd)")
-    v.option('--i3d', Path, None, "weights of I3D for --fvd", "none", metavar='FILE')
-    v.option('--frames', within(int,9), 14, "for --fvd: frames a clip, at least 9, which is I3D's least")
-    v.option('--height', within(int,1), 240, "for --fvd: pixels to which frames are resized")
-    v.option('--width', within(int,1), 320, "for --fvd: pixels to which frames are resized")
+    v.option('--i3d', Path, None, "weights of I3D for --fvd; with --frames, FVD is in its table", "none", metavar='FILE')
+    v.option('--length', within(int,9), 14, "for --fvd: frames a clip, at least 9, which is I3D's least")
+    v.option('--height', within(int,1), None, "pixels", "240 for --fvd, the model's own for --frames")
+    v.option('--width', within(int,1), None, "pixels", "320 for --fvd, the model's own for --frames")
 
 def _judge(all_verbs)->None:
     "Through what evaluate looks"

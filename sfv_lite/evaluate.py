@@ -278,7 +278,7 @@ def read_videos(
     for file in progress_bar(files, 'fvd'):
         x = load_clip(file)[:frames]
         if len(x)<frames:
-            raise ValueError(f"{file}: has {len(x)} frames, {frames} are needed; ask for fewer with --frames")
+            raise ValueError(f"{file}: has {len(x)} frames, {frames} are needed; ask for fewer with --length")
         x = F.interpolate(x, (height,width), mode='bilinear', antialias=True, align_corners=False)
         yield to_uint8(rearrange(x, 't c h w -> 1 t h w c'))
 

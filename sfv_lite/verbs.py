@@ -256,9 +256,16 @@ def evaluate(args):
         raise ValueError("evaluate: name the runs to compare, or two folders of videos after --fvd")
     if args.fvd: return _fvd(args)
     from sfv_lite.evaluate import Way, evaluate
-    evaluate([Way.parse(o) for o in args.ways], args.out, args.clips, args.seed or 0)
+    ways,made = [Way.parse(o) for o in args.ways],['table.md','table.csv','table.json','clips.gif']
+    if args.frames:
+        from sfv_lite.films_exam import exam
+        size = (args.height,args.width) if args.height and args.width else None
+        exam(ways, args.frames, args.out, args.clips or 64, args.seed or 0, args.fps, size, args.i3d)
+    else:
+        evaluate(ways, args.out, args.clips or 2048, args.seed or 0)
+        made.append('excess.png')
     print((args.out/'table.md').read_text(encoding='utf-8'))
-    print(*(args.out/o for o in ('table.md','table.csv','table.json','excess.png','clips.gif')), sep='  ')
+    print(*(args.out/o for o in made), sep='  ')
 
 def _fvd(args):
     "The literature's distance of two folders"
@@ -266,10 +273,10 @@ def _fvd(args):
         raise ValueError("evaluate --fvd: needs --i3d FILE, the weights of I3D (cd-fvd's i3d_pretrained_400.pt); "
             "nothing is downloaded here")
     from sfv_lite.evaluate import fvd
-    found = fvd(*args.fvd, args.i3d, args.frames, args.height, args.width)
+    found = fvd(*args.fvd, args.i3d, args.length, args.height or 240, args.width or 320)
     _write_json(args.out/'fvd.json', found)
-    print(f"FVD {found['fvd']:.2f}: {found['real']} real and {found['made']} made videos, {args.frames} frames each, "
-        f"resized to {args.width}×{args.height}\n\n{args.out/'fvd.json'}")
+    print(f"FVD {found['fvd']:.2f}: {found['real']} real and {found['made']} made videos, {args.length} frames each, "
+        f"resized to {found['width']}×{found['height']}\n\n{args.out/'fvd.json'}")
 
 def bench(args):
     "What a step and a clip cost"

@@ -192,12 +192,14 @@ LOGITS = {f'{who}, {kind} heads':f'{who}_{kind}' for kind in ('spatial','tempora
 
 def _plots(names)->dict[str,list[str]]:
     "Title of a plot → those of a log's columns that belong into it"
-    if 'd_real' in names: groups = {'hinge':['d_real','d_fake','adv'], 'reconstruction':['recon']}
-    else: groups = {'loss':['loss'], 'quality, dB':['psnr'], 'gradient norm':['grad']}
+    if 'd_real' in names: groups = {'hinge':['d_real','d_fake','adv'], 'reconstruction':['recon','val_recon']}
+    else: groups = {'loss':['loss','val_loss'], 'quality, dB':['psnr'], 'gradient norm':['grad']}
+    groups |= {'distance, held out':['val_distance','val_floor'], 'motion, of the real':['val_speed','motion']}
     groups |= {title:[k for k in names if k.startswith(prefix)] for title,prefix in LOGITS.items()}
     return {title:there for title,those in groups.items() if (there := [k for k in those if k in names])}
 
-CAST = dict(d_real='real', d_fake='made', adv='student', recon='student') # whose colour a figure of the log has
+CAST = dict(d_real='real', d_fake='made', adv='student', recon='student', # whose colour a figure of the log has
+    val_floor='real', val_distance='student')
 
 def plot_log(
     rows:list[dict] # of `read_rows`, or with numbers
@@ -213,7 +215,8 @@ def plot_log(
     for ax,(title,names) in zip(axs if n>1 else [axs], plots.items()):
         for k,line in zip(names, itertools.cycle(('-','--',':','-.'))):
             name = f'block {int(k[-1])+1}' if k[-1].isdigit() else k
-            ax.plot(*zip(*columns[k]), line, color=COLOUR.get(CAST.get(k), 'black'), label=name)
+            marker = '.' if len(columns[k])<20 else ''
+            ax.plot(*zip(*columns[k]), line, marker=marker, color=COLOUR.get(CAST.get(k), 'black'), label=name)
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=6)

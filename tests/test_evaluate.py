@@ -118,6 +118,23 @@ def test_bad_evaluations(argv, words, tmp_path, monkeypatch, capsys):
     assert files(tmp_path)==before
 
 
+def test_exam_on_films(tmp_path, capsys, monkeypatch):
+    "`--frames`: a table on films of the user's own; what is there is not made again; size and place that give nothing"
+    x,_ = moving_digits(8, 5, 'test')
+    for i in range(4): save_clip(x[2*i:2*i+2].flatten(0,1), tmp_path/'films'/f'{i}.mp4', 7)
+    ask = ['evaluate', 'digits', '--frames', str(tmp_path/'films'), '-o', str(tmp_path/'exam'), '--clips', '8']
+    assert main(ask)==0
+    assert 'clips by' in capsys.readouterr().out
+    row, = json.loads((tmp_path/'exam/table.json').read_text())['rows']
+    assert .3<row['speed']<3 and row['frozen_real']==0 and {'distance','floor','sharp','diverse'}<=set(row)
+    with monkeypatch.context() as m:
+        m.setattr('sfv_lite.films_exam.make_clips', None)
+        assert main(ask)==0
+    assert main([*ask, '--height', '512', '--width', '512'])==1
+    assert 'gave 0 clips of 8 frames, 512×512' in capsys.readouterr().err
+    assert main([*ask[:3], str(tmp_path/'none'), *ask[4:]])==1
+
+
 def test_judge_from_nothing(tmp_path, capsys):
     """The verb trains a judge, writes it and says its marks;
     a file that is none is refused with the command that makes one"""
@@ -167,7 +184,7 @@ def test_fvd_of_two_folders(tmp_path):
     for name in ('a','b'):
         x = moving_digits(6, seed=1)[0] if name=='a' else torch.rand(6,8,3,32,32)*2-1
         for i,o in enumerate(x): save_clip(torch.cat([o,o.flip(0)]), tmp_path/name/f'{i}.mp4')
-    size = ['--frames', '10', '--height', '64', '--width', '64']
+    size = ['--length', '10', '--height', '64', '--width', '64']
     ask = ['evaluate', '--i3d', str(tmp_path/'i3d.pt'), *size, '-o', str(tmp_path/'out')]
     def distance(a, b):
         assert main([*ask, '--fvd', str(tmp_path/a), str(tmp_path/b)])==0
