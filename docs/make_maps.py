@@ -18,11 +18,13 @@ BOXES = { # notebook → column, row, what is in it
     '06 sfv':(6,0,'one step'), '11 files':(0,1,'whole or not'), '12 pipelines':(1,1,'stock folders'),
     '13a shots':(2,1,'where cuts are'), '13b films':(3,1,'films to clips'), '13c footage':(4,1,'folders to clips'),
     '14a shards':(5,1,'clips to latents'), '14b stream':(6,1,'dealt out'), '14c digits':(1,2,'drawn clips'),
-    '10 recipe':(2,2,'every number'), '15 fit':(3,2,'less memory'), '11b inspection':(0,2,'from strangers'), '16a runs':(2,3,'one owner'),
+    '10 recipe':(2,2,'every number'), '15 fit':(3,2,'less memory'), '11b inspection':(0,2,'from strangers'),
+    '16a runs':(2,3,'one owner'),
     '16b checkpoint':(3,3,'whole states'), '16c health':(4,3,'bad signs'), '16d loop':(4,2,'a run survives'),
     '16e validation':(5,3,'better?'),
     '17 train':(5,2,'three runs'), '18 export':(6,2,'to give away'), '18b reproduce':(6,3,'once more'),
-    '24 baselines':(2,4,'rivals'), '23 evaluate':(3,4,'how good'), '23b films_exam':(1,4,'of films'), '22 judge':(4,4,'a distance'),
+    '24 baselines':(2,4,'rivals'), '23 evaluate':(3,4,'how good'), '23b films_exam':(1,4,'of films'),
+    '22 judge':(4,4,'a distance'),
     '20 measure':(5,4,'what it takes'), '21 plan':(6,4,'what it costs'),
     '30a verbs':(5,5,'each verb'), '30b cli':(6,5,'one command'), '31 widgets':(3,5,'to touch')}
 ARROWS = [
@@ -38,7 +40,8 @@ ARROWS = [
     ('11b inspection','12 pipelines','inspected'), ('18 export','18b reproduce','bases'),
     ('17 train','18 export','students'),
     ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('22 judge','23 evaluate','distance'),
-    ('17 train','23 evaluate','students'), ('23 evaluate','24 baselines','marks'), ('23b films_exam','24 baselines','ways'), ('18 export','30a verbs','runs'),
+    ('17 train','23 evaluate','students'), ('23 evaluate','24 baselines','marks'),
+    ('23b films_exam','24 baselines','ways'), ('18 export','30a verbs','runs'),
     ('30a verbs','30b cli','verbs'), ('23 evaluate','31 widgets','logs')]
 
 

@@ -86,6 +86,7 @@ def _prepare(all_verbs)->None:
     v.option('--workers', within(int,0), 2, "processes that decode")
     v.option('--shard', within(int,1), 256, "clips a shard")
     v.option('--noisy', within(int,1), 4, "encodings of the first frame, each with noise of its own")
+    v.option('--dtype', str, 'fp32', "in which networks encode; bf16 is tried against fp32", choices=('fp32','bf16'))
     v.flag('--dry-run', "decode, count, and draw a sheet of clips beside their motion, contrast and repeats; "
         "write no shards")
 
@@ -182,7 +183,7 @@ def _evaluate(all_verbs)->None:
     v.option('--fps', within(float,.01), 7., "for --frames: frames a second")
     v.parser.add_argument('--fvd', nargs=2, type=Path, metavar=('REAL','MADE'), help="instead: the literature's FVD of "
         "two folders of videos (needs the extra fvd)")
-    v.option('--i3d', Path, None, "weights of I3D for --fvd; with --frames, FVD is in its table", "none", metavar='FILE')
+    v.option('--i3d', Path, None, "weights of I3D for --fvd, and for FVD with --frames", "none", metavar='FILE')
     v.option('--length', within(int,9), 14, "for --fvd: frames a clip, at least 9, which is I3D's least")
     v.option('--height', within(int,1), None, "pixels", "240 for --fvd, the model's own for --frames")
     v.option('--width', within(int,1), None, "pixels", "320 for --fvd, the model's own for --frames")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .pipelines import load_pipeline
-from .shards import bytes_of, fingerprint, progress, read_json
+from .shards import bytes_of, fingerprint, parts_of, progress, read_json
 from .svd import Batch, Condition, decode
 from .video import contact_sheet
 
@@ -24,15 +24,18 @@ def load_manifest(
     folder = Path(folder)
     if not (folder/'manifest.json').is_file():
         raise FileNotFoundError(f"{folder}: holds no shards (no manifest.json); sfv-lite prepare makes them")
-    manifest,notes = read_json(folder/'manifest.json'),progress(folder)
-    if not notes or not notes[-1]['done']:
-        raise ValueError(f"{folder}: prepare has not finished; give its command again, it goes on")
-    if not notes[-1]['total']: raise ValueError(f"{folder}: holds no clips; its report.json says why")
-    shards = {f'shard-{i:05}.parquet':o for i,o in enumerate(notes) if o['rows']}
+    manifest,shards = read_json(folder/'manifest.json'),{}
+    for part in parts_of(folder, manifest['parts']):
+        notes = progress(part)
+        if not notes or not notes[-1]['done']:
+            raise ValueError(f"{part}: prepare has not finished; give its command again, it goes on")
+        names = [(part/f'shard-{i:05}.parquet').relative_to(folder).as_posix() for i in range(len(notes))]
+        shards |= {name:o for name,o in zip(names, notes) if o['rows']}
+    if not shards: raise ValueError(f"{folder}: holds no clips; its report.json says why")
     for name,note in shards.items(): whole(folder/name, note)
     said = json.dumps([manifest, *(o['pieces'] for o in shards.values())], sort_keys=True)
     content = hashlib.sha256(said.encode()).hexdigest()[:12]
-    return manifest | dict(clips=notes[-1]['total'], shards=shards, content=content)
+    return manifest | dict(clips=sum(o['rows'] for o in shards.values()), shards=shards, content=content)
 
 def whole(file:Path, note:dict)->None:
     "Whether a shard is there, and as long as it was"

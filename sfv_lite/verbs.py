@@ -7,7 +7,7 @@ __all__ = ['load_recipe', 'prepare', 'vae', 'pretrain', 'distil', 'demo', 'targe
            'judge', 'evaluate', 'bench']
 
 # %% ../nbs/30a_verbs.ipynb #19d73489
-import json, re, sys
+import json, os, re, sys
 from pathlib import Path
 
 # %% ../nbs/30a_verbs.ipynb #6f265a4d
@@ -62,12 +62,20 @@ def prepare(args):
         report = dry_run(args.source, cutting, sheet, **asked)
     else:
         levels = LogNormal(recipe.aug_mean, recipe.aug_std)
-        asked |= dict(shard=args.shard, noisy=args.noisy)
+        asked |= dict(shard=args.shard, noisy=args.noisy, dtype=_dtype(args.dtype), crew=_crew())
         report = prepare(args.source, args.out, args.base, cutting, levels, recipe.seed, **asked)
+    if not args.dry_run and asked['crew'].process_index: return 0 # the first of the crew speaks for all
     _say_report(report, recipe.frames)
     if report['clips']: print(sheet if args.dry_run else contact(args.out, args.base))
     if not args.dry_run: print(args.out/'report.json')
     return 3 if report['refused'] else 0
+
+def _crew():
+    "The processes that a launcher started, or this one"
+    from sfv_lite.shards import ALONE
+    if int(os.environ.get('WORLD_SIZE') or 1)==1: return ALONE
+    from accelerate import PartialState
+    return PartialState(cpu=os.environ.get('ACCELERATE_USE_CPU')=='true')
 
 def _say_report(report:dict, frames:int)->None:
     "A report, as lines to read"

@@ -686,7 +686,8 @@ def kills(verb, argv, folder, tries, rng, launch=()):
             p = start(out, (out/'recipe.json').exists())
             try: p.wait(rng.uniform(.3, 1)*seconds if killed<3 else None)
             except subprocess.TimeoutExpired:
-                while not subprocess.run(['pkill', '-9', '-f', f'{out}($| )']).returncode: time.sleep(.05) # all processes
+                hunt = ['pkill', '-9', '-f', f'{out}($| )'] # a launcher's processes are sessions of their own
+                while not subprocess.run(hunt).returncode: time.sleep(.05)
                 p.wait()
                 killed += 1
                 continue

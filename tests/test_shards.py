@@ -2,14 +2,15 @@
 import errno, itertools, json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 import av, numpy as np, pytest, torch
-from conftest import TINY, files, python, recipe, sets, sfv
+from conftest import TINY, files, python, recipe, rows_of, sets, sfv
 from sfv_lite.cli import main
 from sfv_lite.files import load_clip, save_clip
 from sfv_lite.films import Cutting, clips_of
 from sfv_lite.files import locked
 from sfv_lite.shards import prepare
-from sfv_lite.stream import Clips, held_films, shard_batches
+from sfv_lite.stream import Clips, held_films, load_manifest, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import moving_digits, to_uint8
 
@@ -246,9 +247,49 @@ def test_films_are_held_out_whole():
     assert held_films(dict(clips=3, shards=dict(a=note | dict(films=[['0.mp4',3]]))), .5)==set()
 
 
+def test_many_processes_prepare_together(good, base, shards, tmp_path, capsys):
+    """Two share the films: the clips of one, in a folder of shards each, that training takes as one;
+    unfinished as long as one of them is; another number of processes is refused"""
+    two = [SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None) for rank in (0,1)]
+    out,ask = tmp_path/'out',dict(workers=0, shard=5)
+    prepare(good, out, base, SPEC, crew=two[0], **ask)
+    with pytest.raises(ValueError, match='part-01: prepare has not finished'): load_manifest(out)
+    prepare(good, out, base, SPEC, crew=two[1], **ask)
+    report = prepare(good, out, base, SPEC, crew=two[0], **ask)
+    assert (report['clips'],report['files'])==(18,6) and load_manifest(out)['clips']==18
+    named = lambda folder: sorted((o['file'],o['start'],o['digest']) for o in rows_of(folder))
+    assert named(out)==named(shards)
+    with pytest.raises(ValueError, match='parts = 2, not 1'): prepare(good, out, base, SPEC, **ask)
+    assert main(['distil','-o',str(tmp_path/'run'),'--base',str(base),'--data',str(out),*sets(**TINY)])==0
+
+
+@pytest.mark.slow
+def test_prepare_under_a_launcher(good, base, shards, tmp_path):
+    "Two real processes, from the command line; one report"
+    (tmp_path/'two.py').write_text('import sys; from sfv_lite.cli import main; sys.exit(main())')
+    launch = '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, tmp_path/'two.py'
+    done = python(*launch, 'prepare', good, '-o', tmp_path/'out', '--base', base, '--shard', 5)
+    assert done.returncode==0 and done.stdout.count('18 clips of 8 frames')==1, done.stderr
+    assert sorted(o['digest'] for o in rows_of(tmp_path/'out'))==sorted(o['digest'] for o in rows_of(shards))
+
+
+def test_half_the_bits(good, tmp_path, monkeypatch):
+    "bf16 is tried against fp32 on the first clips and said in the report; where it loses too much it is refused"
+    report = prepare(good, tmp_path/'half', 'digits-teacher', SPEC, workers=0, dtype=torch.bfloat16)
+    assert 30<report['bf16_db']<70 and load_manifest(tmp_path/'half')['dtype']=='torch.bfloat16'
+    from sfv_lite import shards
+    exact = shards.encode_clips
+    def coarse(pipe, *args):
+        arrays = exact(pipe, *args)
+        if pipe.vae.dtype is torch.bfloat16: arrays['latents'] = arrays['latents'].round()
+        return arrays
+    monkeypatch.setattr(shards, 'encode_clips', coarse)
+    with pytest.raises(ValueError, match='only .* dB from those in fp32'):
+        prepare(good, tmp_path/'none', 'digits-teacher', SPEC, workers=0, dtype=torch.bfloat16)
+
+
 def test_read_ahead(shards, base):
     "The order is a function of seed, epoch and process; two processes that read ahead change nothing"
-    from types import SimpleNamespace
     from sfv_lite.pipelines import load_pipeline
     pipe,alone = load_pipeline(base),SimpleNamespace(process_index=0, num_processes=1, device=torch.device('cpu'))
     def names(workers, start):

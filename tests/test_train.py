@@ -289,8 +289,8 @@ def test_two_processes_share_a_run(base, tmp_path):
     assert done.returncode==0, done.stderr[-3000:]
     assert [o['step'] for o in log(out)]==list('1234')
     assert states(out)==[4]
-    assert sorted(o.name for o in out.iterdir())==['.lock','averages','log.csv','pipeline','recipe.json','samples','state',
-        'validation.csv']
+    left = ['.lock','averages','log.csv','pipeline','recipe.json','samples','state','validation.csv']
+    assert sorted(o.name for o in out.iterdir())==left
     load_pipeline(out)
     (row,) = csv.DictReader((out/'validation.csv').open())
     assert row['step']=='4' and float(row['val_frozen_real'])==0

@@ -134,7 +134,8 @@ def test_a_student_goes_on_before_its_teachers_eye(run, base, tmp_path):
     assert json.loads((tmp_path/'run/recipe.json').read_text())['init']==str(run)
     without = [o for o in argv if o not in ('--init',str(run))]
     assert main([*without,'--resume'])==1 and main([*argv,'--set','steps=7','--resume'])==0
-    with pytest.raises(ValueError, match='of another kind'): train.with_start(load_pipeline('digits'), small_svd(tmp_path))
+    other = small_svd(tmp_path)
+    with pytest.raises(ValueError, match='of another kind'): train.with_start(load_pipeline('digits'), other)
 
 
 def small_svd(folder):
