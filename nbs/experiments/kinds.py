@@ -8,10 +8,11 @@ import argparse, functools, json
 from pathlib import Path
 from tables import hinge, remembered
 from sfv_lite import fit
+from sfv_lite.digits import digit_batches, digit_clips
 from sfv_lite.evaluate import Exam, Way
 from sfv_lite.files import write_text
 from sfv_lite.recipe import Recipe
-from sfv_lite.train import digit_batches, digit_clips, distil
+from sfv_lite.train import distil
 
 RESULTS = Path(__file__).parent/'kinds.json'
 LORA = dict(lora_rank=16, lr_g=5e-4)

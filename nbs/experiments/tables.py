@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from sfv_lite.baselines import LADD, consistency, teachers_clips
+from sfv_lite.digits import digit_batches, digit_clips
 from sfv_lite.evaluate import Exam, Way, make_clips
 from sfv_lite.files import read_rows, save_clip, write_text
 from sfv_lite.recipe import Recipe
 from sfv_lite.svd import Batch, Condition
-from sfv_lite.train import digit_batches, digit_clips, distil
+from sfv_lite.train import distil
 from sfv_lite.video import labelled, moving_digits
 
 RESULTS = Path(__file__).parent/'results'
