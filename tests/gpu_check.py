@@ -91,7 +91,8 @@ def main():
         raise SystemExit('gpu_check: PyTorch sees no GPU here; --cpu runs the same lines small')
     h,w = (a.height,a.width) if gpu else (64,64)
     precision,rank = 'bf16' if gpu else 'no',dict(lora_rank=4) if small and a.recipe=='svd-lora' else {}
-    recipe = Recipe.load(a.recipe, height=h, width=w, batch=1, accumulation=1, precision=precision, **rank)
+    one = dict(height=h, width=w, batch=1, accumulation=1, head_start=0)
+    recipe = Recipe.load(a.recipe, precision=precision, **one, **rank)
     device = torch.cuda.get_device_name() if gpu else 'cpu'
     found = dict(recipe=a.recipe, device=device, torch=torch.__version__, height=h, width=w)
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as other:

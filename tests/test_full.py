@@ -10,7 +10,7 @@ from sfv_lite.pipelines import load_decoder, load_pipeline, save_pipeline
 from sfv_lite.svd import Denoiser, condition, decode, svd_pipeline
 from sfv_lite.video import moving_digits
 
-SMALL = sets(height=64, width=64, head_width=16, steps=3, batch=2, accumulation=2,
+SMALL = sets(height=64, width=64, head_width=16, steps=3, head_start=0, batch=2, accumulation=2,
     save_every=2, sample_every=3, log_every=1)
 
 
@@ -184,7 +184,7 @@ def test_true_width(tmp_path):
         (_,clip), = clips_of(pipe, torch.zeros(3,64,64), [0])
         assert clip.shape==(14,3,64,64) and clip.isfinite().all()
         say('sampled')
-        r = Recipe.load('svd-lora', height=64, width=64, batch=1, accumulation=1, precision='no')
+        r = Recipe.load('svd-lora', height=64, width=64, batch=1, accumulation=1, head_start=0, precision='no')
         s = make_state(pipe, r, make_accelerator(r))
         widths = lambda heads: [o.inp.in_channels for o in heads]
         assert widths(s.D.heads.spatial)==widths(s.D.heads.temporal)==[320,640,1280,1280]
