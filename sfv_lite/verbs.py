@@ -270,6 +270,7 @@ def evaluate(args):
         size = (args.height,args.width) if args.height and args.width else None
         exam(ways, args.frames, args.out, args.clips or 64, args.seed or 0, args.fps, size, args.i3d)
     else:
+        if args.clips and args.clips<64: raise ValueError(f"--clips '{args.clips}': must be at least 64 for digits")
         evaluate(ways, args.out, args.clips or 2048, args.seed or 0)
         made.append('excess.png')
     print((args.out/'table.md').read_text(encoding='utf-8'))

@@ -1,6 +1,7 @@
-"More than one process, in float64: two of them, each with half of every batch, are one with all of it"
+"More than one process, in float64: two of them, each with half of every batch, are one with all of it; queues"
+import os, signal, subprocess, time
 import pytest, torch
-from conftest import python
+from conftest import ROOT, python
 from safetensors.torch import load_file
 
 # every process draws noise for the whole batch and takes its own clips, so that one and two of them see the same
@@ -70,3 +71,26 @@ def test_two_processes_are_one(way, tmp_path):
     apart = {k:float((first[k]-v).norm()/v.norm()) for k,v in one.items() if not any(o in k for o in idle)}
     assert len(apart)>.7*len(one)
     assert max(apart.values())<1e-6, sorted(apart.items(), key=lambda o: -o[1])[:5]
+
+
+def test_told_to_stop_by_a_queue(tmp_path):
+    "nodes.sh, with stand-ins for Slurm's commands: told that time is short, it stops the run and queues itself again"
+    said,here = tmp_path/'said',tmp_path/'bin'
+    here.mkdir()
+    stand_ins = dict(scontrol=f'[ "$1" = show ] && echo node1 || echo "$*" >> {said}', scancel=f'''
+        echo "$*" >> {said}; kill -TERM $(cat {tmp_path}/pid)''', srun=f'''
+        trap 'echo "saved" >> {said}; exit 130' TERM
+        echo "$*" > {tmp_path}/line; echo $$ > {tmp_path}/pid
+        while true; do sleep .1; done''')
+    for name,code in stand_ins.items():
+        (here/name).write_text('#!/bin/bash\n'+code)
+        (here/name).chmod(0o755)
+    slurm = dict(SLURM_JOB_ID='7', SLURM_NNODES='4', SLURM_JOB_NODELIST='')
+    env = os.environ | slurm | dict(PATH=f'{here}:{os.environ["PATH"]}')
+    script = ROOT/'nbs/tutorials/launch/nodes.sh'
+    p = subprocess.Popen(['bash', str(script)], env=env)
+    while not (tmp_path/'pid').exists(): time.sleep(.05)
+    p.send_signal(signal.SIGUSR1)
+    p.wait(20)
+    assert said.read_text().split('\n')[:3]==['--signal=TERM 7.0','saved','requeue 7']
+    assert '--num_processes 32' in (line := (tmp_path/'line').read_text()) and 'distil --resume --recipe svd' in line
