@@ -62,7 +62,7 @@ def taught(
                 with torch.no_grad(): yield Batch(way.sample(D, o.cond, noise, g), o.cond),real.clips
         return Dealt(forever())
     vars(batches).update(vars(data))
-    batches.source = f"{getattr(data, 'source', None)}, answered by {way}"
+    batches.source,batches.content = (f"{getattr(data, o, None)}, answered by {way}" for o in ('source','content'))
     return batches
 
 # %% ../nbs/24_baselines.ipynb #89d7c0e2

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BEST', 'sealed', 'unsealed', 'Checkpoint', 'damage', 'newest', 'load', 'save', 'finish', 'forget', 'doubt', 'best_of',
-           'keep_average', 'average_at']
+           'kept_rows', 'keep_average', 'average_at']
 
 # %% ../nbs/16b_checkpoint.ipynb #8a5437a0
-import hashlib, json, os, shutil, sys, time
+import hashlib, json, math, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
@@ -186,7 +186,12 @@ def best_of(
 )->int|None:        # step
     "The best average that validation has seen"
     for key in BEST:
-        if found := [(float(o[key]),int(o['step'])) for o in rows if o.get(key)]: return min(found)[1]
+        found = [(float(o[key]),int(o['step'])) for o in rows if o.get(key)]
+        if found := [o for o in found if math.isfinite(o[0])]: return min(found)[1]
+
+def kept_rows(run:Path)->list[dict]:
+    "Of validation's lines, those whose average is there"
+    return [o for o in read_rows(run/'validation.csv') if (run/'averages'/f"{int(o['step']):06}.safetensors").exists()]
 
 def keep_average(checkpoint:Checkpoint, figures:dict[str,float])->None:
     "The average as it is, and what validation says of it; older ones go, but for the best and every n-th"
@@ -195,11 +200,16 @@ def keep_average(checkpoint:Checkpoint, figures:dict[str,float])->None:
     file = c.run.out/'averages'/f'{c.step:06}.safetensors'
     file.parent.mkdir(exist_ok=True)
     part = file.with_name('.part')
-    save_file({f'{i:04}':p for i,p in enumerate(c.ema.shadow_params)}, part)
-    flush(part)
+    try:
+        save_file({f'{i:04}':p for i,p in enumerate(c.ema.shadow_params)}, part)
+        flush(part)
+    except Exception as e: # each library has its own name for a full disk
+        part.unlink(missing_ok=True)
+        print(f"{file}: this average is not kept ({' '.join(str(e).split())[:150]})", file=sys.stderr)
+        return
     os.replace(part, file)
     append_row(rows, dict(step=c.step, **figures, sha256=digest(file)))
-    said = read_rows(rows)
+    said = kept_rows(c.run.out)
     steps = sorted(int(o['step']) for o in said)
     kept = {best_of(said), *steps[-r.keep:], *(o for o in steps if r.keep_every and o%r.keep_every==0)}
     for o in file.parent.glob('*.safetensors'):
@@ -210,7 +220,8 @@ def average_at(
     at:str    # "best", or a step
 )->list[torch.Tensor]: # raises `ValueError` where there is none, or it is not what was written
     "An average that validation has seen"
-    rows,there = read_rows(run/'validation.csv'),sorted(int(o.stem) for o in (run/'averages').glob('*.safetensors'))
+    rows = kept_rows(run)
+    there = [int(o['step']) for o in rows]
     step = best_of(rows) if at=='best' else int(at) if at.isdecimal() else None
     if step not in there:
         raise ValueError(f"{run}: keeps no average of {at}; there are {', '.join(map(str, there)) or 'none'}")

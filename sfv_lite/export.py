@@ -45,9 +45,9 @@ def student_of(
     run = Path(run)
     if at=='last' and ((run/'pipeline').is_dir() or not (run/'state').is_dir()): return load_pipeline(run)
     asked = asked_of(run)
-    if not asked: raise ValueError(f"{run}: holds a state, and no recipe.json that says of what; restore it")
+    if not asked: raise ValueError(f"{run}: holds no recipe.json that says what was run; restore it")
     if asked['verb']!='distil':
-        raise ValueError(f"{run}: an unfinished run of {asked['verb']}; finish it with --resume")
+        raise ValueError(f"{run}: a run of {asked['verb']}; its last average is exported, once it is finished")
     recipe = recipe_of(asked)
     accelerator = make_accelerator(dataclasses.replace(recipe, tracker='none'))
     pipe,eye = with_start(load_pipeline(base_of(run, asked)), base_of(run, asked, 'init'))

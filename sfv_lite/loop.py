@@ -94,9 +94,9 @@ class Spent:
         return took
 
 def show_in(tracker, frames, step:int, fps:float)->None: # frames uint8 `(t h w 3)`
-    "A moving picture in a tracker: wandb, or tensorboard where moviepy is installed; without it the first frame"
+    "A moving picture in tensorboard or wandb, where moviepy is installed; without it tensorboard has the first frame"
     name = getattr(tracker, 'name', '')
-    if name=='wandb':
+    if name=='wandb' and find_spec('moviepy'):
         import wandb
         video = wandb.Video(rearrange(frames, 't h w c -> t c h w'), fps=int(fps), format='gif')
         tracker.log({'samples':video}, step=step)
@@ -107,7 +107,8 @@ def show_in(tracker, frames, step:int, fps:float)->None: # frames uint8 `(t h w 
 
 # %% ../nbs/16d_loop.ipynb #7f6861ba
 class Stop:
-    "Within it, Ctrl-C and SIGTERM wait for the micro-batch in progress; a second one stops at once"
+    """Within it, Ctrl-C and SIGTERM wait for the micro-batch in progress; a second Ctrl-C stops at once, a second
+    SIGTERM does not, as launchers pass on what their processes have heard already"""
     def __init__(self, accelerator:Accelerator):
         several = accelerator.num_processes>1
         self.heard,self.usual,self.group = False,{},torch.distributed.new_group(backend='gloo') if several else None
@@ -123,7 +124,7 @@ class Stop:
     def hear(self, *_):
         "What a signal calls"
         self.heard = True
-        self.__exit__()
+        if self.usual: signal.signal(signal.SIGINT, self.usual[signal.SIGINT])
 
     def __bool__(self)->bool:
         "Whether any process has heard one"
@@ -170,7 +171,9 @@ def loop(
             faults.saw(batches)
             if not c.accelerator.sync_gradients: continue # the gradients of more micro-batches are to come
             c.whole = c.micro
-            if faults.skipped(figures): continue
+            if faults.skipped(figures):
+                spent.seconds = {}
+                continue
             c.step += 1
             log.note(figures | spent.total(len(batch)) | ({'skipped':c.skipped} if c.skipped else {}))
             bar.update()

@@ -48,6 +48,8 @@ def reproduce(
     asked = asked_of(run)
     if not asked or not (run/'pipeline').is_dir():
         raise ValueError(f"{run}: is no finished run; finish it with --resume")
+    if 'answered by' in (asked.get('data') or ''):
+        raise ValueError(f"{run}: trained on clips of its teacher (LADD), which are not made again by command")
     recipe,verb,common = recipe_of(asked),asked['verb'],dict(out=out, resume=resume)
     if verb=='vae': train_vae(recipe, **common)
     elif verb in ('pretrain','distil'):

@@ -26,7 +26,7 @@ from .runs import claim, make_accelerator, micro_batch
 from .sampling import sample_euler, sample_once
 from .sfv import State, averaged, clipped, distil_step, fetched, learning, random_state, rate, set_rate
 from .svd import Batch, Condition, Denoiser, digits_pipeline, encode
-from .validation import Validation, beside, fixed_noise, held_clips, judged
+from .validation import Validation, beside, fixed_noise, held_clips, in_parts, judged
 from .video import moving_digits
 
 # %% ../nbs/17_train.ipynb #b945c2af
@@ -160,10 +160,10 @@ def pretrain(
             return edm_loss(teacher, batch, levels, r.cond_dropout, g),{}
         def show():
             some,sigmas = held[:8],karras_sigmas(25).flip(0)
-            with averaged(ema, teacher): made = sample_euler(teacher, some.cond, fixed_noise(some), sigmas)
-            return beside(pipe, some, made)
+            def ask(batch, noise): return sample_euler(teacher, batch.cond, noise, sigmas)
+            with averaged(ema, teacher): return beside(pipe, some, in_parts(ask, some, fixed_noise(some)))
         def validate():
-            parts = [held[k:k+8] for k in range(0, len(held), 8)]
+            parts = [held[k:k+n] for k in range(0, len(held), n)]
             with averaged(ema, teacher), torch.no_grad():
                 of = [edm_loss(teacher, o, levels, 0., random_state(0, k)) for k,o in enumerate(parts)]
             return dict(val_loss=torch.stack(of).mean().item())
@@ -175,8 +175,9 @@ def pretrain(
 def first_unet(pipe, recipe:Recipe, accelerator:Accelerator, init):
     "The UNet that a teacher's training begins with, in the pipeline and where the run is"
     torch.manual_seed(recipe.seed)
-    unet = load_pipeline(init).unet if init else type(pipe.unet).from_config(pipe.unet.config)
-    pipe.register_modules(unet=unet)
+    if init: pipe,_ = with_start(pipe, init)
+    else: pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config))
+    unet = pipe.unet
     pipe.to(accelerator.device)
     if recipe.checkpointing: checkpoint_blocks(unet)
     if recipe.lora_rank: learn_little(unet, recipe.lora_rank, accelerator)
@@ -232,7 +233,7 @@ def distil(
             return figures and figures | {k:o.param_groups[0]['lr'] for k,o in rates.items()}
         def ask(batch, noise):
             with averaged(s.ema, s.G): return sample_once(s.G, batch.cond, noise)
-        def show(): return beside(pipe, held[:8], ask(held[:8], fixed_noise(held[:8])))
+        def show(): return beside(pipe, held[:8], in_parts(ask, held[:8], fixed_noise(held[:8])))
         loop(step, batches, r.head_start+r.steps, checkpoint, Log(run), show, validation(pipe, s, held, ask))
         return deliver(checkpoint, pipe, s.G)
 
@@ -242,5 +243,5 @@ def validation(pipe, state:State, held:Batch, ask):
     def validate()->dict[str,float]:
         if not known: known.append(Validation(pipe, state.accelerator, held))
         some = held[:16]
-        return known[0](ask) | judged(state, some, ask(some, fixed_noise(some)))
+        return known[0](ask) | judged(state, some, in_parts(ask, some, fixed_noise(some)))
     return validate

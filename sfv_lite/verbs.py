@@ -74,8 +74,10 @@ def _crew():
     "The processes that a launcher started, or this one"
     from sfv_lite.shards import ALONE
     if int(os.environ.get('WORLD_SIZE') or 1)==1: return ALONE
+    from datetime import timedelta
     from accelerate import PartialState
-    return PartialState(cpu=os.environ.get('ACCELERATE_USE_CPU')=='true')
+    days = timedelta(days=30) # that the first to be done waits for the last
+    return PartialState(cpu=os.environ.get('ACCELERATE_USE_CPU')=='true', timeout=days)
 
 def _say_report(report:dict, frames:int)->None:
     "A report, as lines to read"
@@ -125,7 +127,10 @@ def distil(args):
         from sfv_lite.digits import digit_batches
         from sfv_lite.evaluate import Way
         teacher = Way(args.base, 25)
-        data = taught(data, teacher) if data else partial(digit_batches, clips=teachers_clips(teacher))
+        if data: data = taught(data, teacher)
+        else:
+            data = partial(digit_batches, clips=teachers_clips(teacher))
+            data.source = data.content = f'digits, answered by {teacher}'
     from sfv_lite.train import distil
     print(distil(recipe, args.out, args.base, data, args.resume, args.init))
 
