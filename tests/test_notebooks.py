@@ -7,9 +7,11 @@ from conftest import ROOT, files, python
 
 FOUND = [o.relative_to(ROOT) for o in (ROOT/'nbs').rglob('*.ipynb')]
 NOTEBOOKS = sorted(str(o) for o in FOUND if not any(p[0] in '._' for p in o.parts))
-SLOW = {f'nbs/{o}.ipynb' for o in ( # half a minute and more
-    '14a_shards','17_train','20_measure','21_plan','22_judge','23_evaluate','24_baselines','31_widgets',
-    'tutorials/full_svd','tutorials/own_videos','tutorials/words','tutorials/family')}
+HUGE = {f'nbs/{o}.ipynb' for o in ( # more than a minute, of what other tests run too
+    '20_measure','21_plan','22_judge','tutorials/full_svd','tutorials/own_videos')}
+SLOW = HUGE | {f'nbs/{o}.ipynb' for o in ( # half a minute and more
+    '14a_shards','16e_validation','17_train','18b_reproduce','23_evaluate','24_baselines','31_widgets',
+    'tutorials/words','tutorials/family')}
 RUN = [o for o in NOTEBOOKS if not re.match(r'nbs/0[2-6]_', o)] # those run with their solutions: test_house.py
 NBDEV = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['nbdev']
 LIMIT = NBDEV.get('cell_timeout', 600) # seconds; nbdev-test itself holds each cell to it
@@ -39,7 +41,10 @@ def test_there_are_notebooks():
     assert made and made==exporting
 
 
-@pytest.mark.parametrize('notebook', [pytest.param(o, marks=[pytest.mark.slow]*(o in SLOW)) for o in RUN])
+MARKS = {o:[pytest.mark.slow]*(o in SLOW) + [pytest.mark.huge]*(o in HUGE) for o in RUN}
+
+
+@pytest.mark.parametrize('notebook', [pytest.param(o, marks=MARKS[o]) for o in RUN])
 def test_notebook_runs(notebook, copy):
     """From the first cell to the last, in a fresh process, in time, with every assertion in it;
     a notebook that nbdev overlooks fails as well"""
