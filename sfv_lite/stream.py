@@ -182,8 +182,7 @@ class Windows(IterableDataset):
             yield (batch.latents, *vars(batch.cond).values()),names_of(rows)
 
 def _as_it_is(o): return o
-def _deaf(worker): # a terminal's Ctrl-C and a queue's SIGTERM are for the parent, at whose end a worker ends too
-    for o in (signal.SIGINT,signal.SIGTERM): signal.signal(o, signal.SIG_IGN)
+def _deaf(worker): signal.signal(signal.SIGINT, signal.SIG_IGN) # a terminal's Ctrl-C is for the parent
 
 # %% ../nbs/14b_stream.ipynb #a694717a
 class Dealt:

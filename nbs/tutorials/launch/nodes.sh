@@ -16,8 +16,8 @@ again() {
 }
 trap again USR1
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500
-# no launcher in between: one would kill its processes half a minute after a signal, and a state takes longer to write
+# no workers, which the signal would end before the run has heard it, and no launcher in between: one would kill its processes half a minute after a signal, and a state takes longer to write
 srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec sfv-lite distil --resume \
-  --recipe svd --set accumulation=1 --base svd --data shards -o runs/student' &
+  --recipe svd --set accumulation=1 --set workers=0 --base svd --data shards -o runs/student' &
 run=$!
 wait "$run"
