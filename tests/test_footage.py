@@ -47,7 +47,7 @@ def test_folders_behind_links_are_searched_once(folder, tmp_path):
 def test_lists(folder, tmp_path):
     """A text file names films relative to itself, one that is missing is named;
     a videofolder's metadata is not meant; nothing there is an error"""
-    (folder.parent/'list.txt').write_text(f"\ufefffilms/1.mp4\r\n\nfilms/missing.mp4\n", encoding='utf-8')
+    (folder.parent/'list.txt').write_text("\ufefffilms/1.mp4\r\n\nfilms/missing.mp4\n", encoding='utf-8')
     found = find_films(folder.parent/'list.txt')
     assert names(found)==['1.mp4','missing.mp4']
     assert [o.reason for _,o in decoded(found.films, SPEC, 0) if isinstance(o, Became)]==[None,'no such file']

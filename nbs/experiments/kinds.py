@@ -39,7 +39,8 @@ def main():
         out,recipe = a.folder/f'{name} {a.seed}',Recipe.load('digits', seed=a.seed, precision='no', **ROWS[name])
         data = functools.partial(digit_batches, clips=remembered(digit_clips, a.folder/'real'))
         if not (out/'pipeline').exists(): distil(recipe, out, data=data, resume=out.exists())
-        row = dict(kind=name, seed=a.seed, clips=a.clips) | exam().sit(Way(str(out)))[0] | hinge(out)
+        row = exam().sit(Way(str(out)))[0] | dict(kind=name, seed=a.seed, clips=a.clips) | hinge(out)
+        del row['clips by'] # a path of this machine
         write_text(RESULTS, json.dumps([*rows, row], indent=1)+'\n')
 
 
