@@ -193,6 +193,7 @@ def kept_rows(run:Path)->list[dict]:
     "Of validation's lines, those whose average is there"
     return [o for o in read_rows(run/'validation.csv') if (run/'averages'/f"{int(o['step']):06}.safetensors").exists()]
 
+# %% ../nbs/16b_checkpoint.ipynb #f992eb24
 def keep_average(checkpoint:Checkpoint, figures:dict[str,float])->None:
     "The average as it is, and what validation says of it; older ones go, but for the best and every n-th"
     c,r,rows = checkpoint,checkpoint.run.recipe,checkpoint.run.out/'validation.csv'

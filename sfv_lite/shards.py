@@ -134,6 +134,7 @@ def _write_json(path:Path, value)->None:
 
 ROW_GROUP = 16 # rows that lie together, and can be read without the rest of a shard
 
+# %% ../nbs/14a_shards.ipynb #12152291
 def described(file:Path, rows:list[dict])->dict:
     "For a shard's note: how long it is, which films its rows are of, and the digest of each of its pieces"
     films = [[name,len(list(o))] for name,o in itertools.groupby(rows, lambda o: o.get('file'))]
@@ -209,6 +210,7 @@ def prepare(
     if rank==0: _write_json(out/'report.json', report)
     return report
 
+# %% ../nbs/14a_shards.ipynb #c3ccc4a1
 def parts_of(out:Path, world:int)->list[Path]:
     "Folders of shards that several processes made, or the one"
     return [out] if world==1 else [out/f'part-{rank:02}' for rank in range(world)]

@@ -43,9 +43,9 @@ def fixed_noise(batch:Batch)->Tensor:
 
 # %% ../nbs/16e_validation.ipynb #283df158
 def pixels(pipe, latents:Tensor)->Tensor: # `(n t 3 h w)`
-    "Latents as pixels; large clips one by one, two frames at a time"
-    large = latents[0,0,0].numel()>64**2
-    return torch.cat([decode(pipe.vae, o, 2 if large else None) for o in latents.split(1 if large else 16)])
+    "Latents as pixels: clips one by one unless they are small, and two frames at a time if they are large"
+    size = latents[0,0,0].numel()
+    return torch.cat([decode(pipe.vae, o, 2 if size>64**2 else None) for o in latents.split(1 if size>32**2 else 16)])
 
 def in_parts(
     make,         # `make(batch, noise) → latents`
@@ -53,7 +53,7 @@ def in_parts(
     noise:Tensor  # `(b t c h w)`
 )->Tensor:        # `(b t c h w)`
     "What a model makes of clips, large ones one by one, as a training step may have left little room"
-    n = 1 if noise[0,0,0].numel()>64**2//8 else 8
+    n = 1 if noise[0,0,0].numel()>32**2 else 8
     return torch.cat([make(batch[k:k+n], noise[k:k+n]) for k in range(0, len(batch), n)])
 
 def beside(pipe, held:Batch, made:Tensor)->Tensor: # `(2n t 3 h w)`
@@ -98,6 +98,7 @@ def lent(
     try: yield
     finally: network.to(home)
 
+# %% ../nbs/16e_validation.ipynb #e7dedd65
 class Validation:
     "Held-out clips with noise of their own, and everything about them that does not change during a run"
     def __init__(self, pipe, accelerator:Accelerator, held:Batch):
