@@ -259,7 +259,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sfv_lite.judge.spoilt_digits': ('judge.html#spoilt_digits', 'sfv_lite/judge.py'),
                                 'sfv_lite.judge.train_judge': ('judge.html#train_judge', 'sfv_lite/judge.py')},
             'sfv_lite.loop': { 'sfv_lite.loop.Due': ('loop.html#due', 'sfv_lite/loop.py'),
-                               'sfv_lite.loop.Due.__bool__': ('loop.html#due.__bool__', 'sfv_lite/loop.py'),
+                               'sfv_lite.loop.Due.__call__': ('loop.html#due.__call__', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Due.__init__': ('loop.html#due.__init__', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Log': ('loop.html#log', 'sfv_lite/loop.py'),
                                'sfv_lite.loop.Log.__init__': ('loop.html#log.__init__', 'sfv_lite/loop.py'),

@@ -138,13 +138,13 @@ class Stop:
         return bool(all_)
 
 class Due:
-    "Whether so many minutes have gone by, in all processes alike"
-    def __init__(self, minutes:float, stop:Stop): self.minutes,self.stop,self.last = minutes,stop,time.monotonic()
+    "Whether something is due: every so many steps, or after so many minutes (0: never), in all processes alike"
+    def __init__(self, every:int, minutes:float, stop:Stop):
+        self.every,self.minutes,self.stop,self.last = every,minutes,stop,time.monotonic()
 
-    def __bool__(self)->bool:
-        if not self.minutes: return False
-        due = self.stop.any(time.monotonic()-self.last>=60*self.minutes)
-        if due: self.last = time.monotonic()
+    def __call__(self, step:int)->bool:
+        late = bool(self.minutes) and self.stop.any(time.monotonic()-self.last>=60*self.minutes)
+        if due := late or step%self.every==0: self.last = time.monotonic()
         return due
 
 # %% ../nbs/16d_loop.ipynb #bc47968f
@@ -163,7 +163,7 @@ def loop(
     if c.step>total: raise ValueError(f"{c.run.out}: has taken {c.step} steps already, more than {total}; ask for more")
     if c.step<total: retire(checkpoint)
     with log.begin(c.step, total) as bar, Stop(c.accelerator) as stop:
-        saves,shows = Due(r.save_minutes, stop),Due(r.sample_minutes, stop)
+        saves,shows = Due(r.save_every, r.save_minutes, stop),Due(r.sample_every, r.sample_minutes, stop)
         while c.step<total and not stop:
             batch = spent('data_s', next, batches)
             figures = spent('step_s', step, batch)
@@ -177,13 +177,13 @@ def loop(
             c.step += 1
             log.note(figures | spent.total(len(batch)) | ({'skipped':c.skipped} if c.skipped else {}))
             bar.update()
-            if show and (c.step%r.sample_every==0 or shows): look(checkpoint, log, signs, spent('look_s', show))
+            if show and shows(c.step): look(checkpoint, log, signs, spent('look_s', show))
             if validate and (c.step%r.validate_every==0 or c.step==total):
                 figures = spent('look_s', validate)
                 log.note(figures)
                 keep_average(checkpoint, figures)
             if c.step%r.log_every==0: signs.line(c.step, log.write(c.step, c.seconds))
-            if c.step%r.save_every==0 or saves: keep(checkpoint, log)
+            if saves(c.step): keep(checkpoint, log)
         if c.saved!=c.step: keep(checkpoint, log)
     if signs.told: bar.write(f"{len(signs.told)} warnings, in {c.run.out/'warnings.csv'}", sys.stderr)
     if c.step<total: raise KeyboardInterrupt(f"stopped after step {c.step} of {total}; go on with --resume")

@@ -21,6 +21,7 @@ from .films import Became, Cutting, printable
 from .footage import Marks, Seen, Sheet, Worth, decoded, find_films, motion_bucket
 from .inspection import not_finite
 from .pipelines import check_size, load_pipeline
+from .sfv import random_state
 from .svd import image_embeds
 
 # %% ../nbs/14a_shards.ipynb #815cc480
@@ -72,7 +73,7 @@ class Encoding:
     "Clips to rows, in one precision"
     pipe:object        # a `StableVideoDiffusionPipeline`
     levels:object      # as for `encode_clips`
-    seed:int
+    noise:object       # `noise(clips before)`, a generator
     noisy:int
     dtype:torch.dtype
     found:dict = field(default_factory=dict) # `bf16_db`, once it was tried
@@ -81,9 +82,7 @@ class Encoding:
         n:int     # clips before
     )->list[dict]:
         "A row a clip"
-        def encode():
-            g = torch.Generator().manual_seed(self.seed + 1_000_003*n)
-            return encode_clips(self.pipe, x, self.levels, g, self.noisy)
+        def encode(): return encode_clips(self.pipe, x, self.levels, self.noise(n), self.noisy)
         if self.dtype==self.pipe.vae.dtype: arrays = encode()
         else: arrays = self.try_out(encode)
         return [{k:v[i].tobytes() for k,v in arrays.items()} for i in range(len(x))]
@@ -200,13 +199,14 @@ def prepare(
         for o in (pipe.vae,pipe.image_encoder): o.to(f'cuda:{rank%gpus}')
     manifest = _asked(pipe, base, source, found.films, spec, levels, worth, seed=seed, shard=shard, noisy=noisy,
         batch=batch, dtype=str(dtype), parts=world)
-    mine,encoder = (out if world==1 else out/f'part-{rank:02}'),Encoding(pipe, levels, seed, noisy, dtype)
+    mine,noise = parts_of(out, world)[rank],lambda n: random_state(seed, n, rank)
+    encoder = Encoding(pipe, levels, noise, noisy, dtype)
     with locked(mine, 'prepare'):
         for place in {mine, out} if rank==0 else {mine}: _agree(place/'manifest.json', manifest)
         films,names = found.films[rank::world],_below(found.films)[rank::world]
         _fill(mine, films, names, spec, worth, encoder, workers, shard, batch, shown=rank==0)
     crew.wait_for_everyone()
-    report = _report([o for part in parts_of(out, world) for o in progress(part)], found) | encoder.found
+    report = _report([o for part in parts_of(out, world) for o in progress(part)], found)
     if rank==0: _write_json(out/'report.json', report)
     return report
 
@@ -225,6 +225,7 @@ def _fill(out:Path, films, names, spec, worth, encoder, workers:int, shard:int, 
         work = Filling(stream, films, names, spec, worth, encoder, batch, _seen(out, notes))
         while not here['done']:
             rows,here = work.shard(shard, here)
+            here |= encoder.found
             _write_shard(out, f'shard-{len(notes):05}', rows, here)
             notes.append(here)
             bar.update(here['file']-bar.n)
@@ -335,7 +336,8 @@ def _report(notes:list[dict], found)->dict:
     added = lambda k: np.sum([n[k] for n in notes], 0).tolist()
     return dict(files=len(found.films), refused=[o for n in notes for o in n['refused']], clips=added('rows'),
         shards=sum(n['rows']>0 for n in notes), seconds=added('seconds'), motion=added('motion'),
-        contrast=added('contrast'), **{k:dict(v) for k,v in tallies.items()})
+        contrast=added('contrast'), **{k:dict(v) for k,v in tallies.items()},
+        **next(({'bf16_db':n['bf16_db']} for n in notes if 'bf16_db' in n), {}))
 
 # %% ../nbs/14a_shards.ipynb #f4dda1e4
 def _agree(file:Path, manifest:dict)->None:

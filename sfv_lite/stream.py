@@ -105,7 +105,8 @@ def held_films(
         for film,n in note['films']: clips[film] = clips.get(film,0)+n
     held,due = set(),share*manifest['clips']
     *some,_ = sorted(clips, key=lambda o: hashlib.sha256(o.encode()).hexdigest())
-    for film in some:
+    fit = [o for o in some if clips[o]<=2*due] or sorted(some, key=clips.get)[:1] # long films are for training
+    for film in fit:
         if due<=0: break
         held.add(film)
         due -= clips[film]
