@@ -90,6 +90,7 @@ def _prepare(all_verbs)->None:
     v.flag('--dry-run', "decode, count, and draw a sheet of clips beside their motion, contrast and repeats; "
         "write no shards")
 
+# %% ../nbs/30b_cli.ipynb #1f077006
 def _train(all_verbs)->None:
     "The three runs"
     vae = Verb(all_verbs, 'vae', verbs.vae, "train the digits pipeline's VAE: the first of three runs", 'runs/vae')
@@ -151,6 +152,7 @@ def _export(all_verbs)->None:
     v.option('--at', str, 'last', "which average: last, best by validation, or a step that was kept")
     v.option('--variant', str, None, "a word in the files' names, such as the public checkpoint's fp16", "none")
 
+# %% ../nbs/30b_cli.ipynb #1f6f43d2
 def _reproduce(all_verbs)->None:
     "The same once more"
     help = "make a finished run again, as its recipe.json says, and compare what came out"

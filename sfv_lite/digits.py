@@ -6,7 +6,7 @@
 __all__ = ['digit_clips', 'cache', 'kept', 'digit_batches', 'held_digits']
 
 # %% ../nbs/14c_digits.ipynb #8c290d4a
-import hashlib, itertools, json, os
+import contextlib, hashlib, itertools, json, os, tempfile
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -36,26 +36,28 @@ def digit_clips(
 # %% ../nbs/14c_digits.ipynb #2b78cc6a
 def cache()->Path:
     "Where encoded digits are kept: what SFV_LITE_CACHE says, or a folder of the user's for such things"
-    usual = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
-    return Path(os.environ.get('SFV_LITE_CACHE') or Path(usual)/'sfv_lite')
+    if mine := os.environ.get('SFV_LITE_CACHE'): return Path(mine)
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'sfv_lite'
 
 def kept(
     make,     # `make()`, a `Batch` on the CPU
     asked:list # all that it depends on, as JSON holds it
 )->Batch:
     "What was made before, or else is made now, and kept where there is room"
-    file = cache()/f'{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.safetensors'
-    note = file.with_suffix('.sha256')
-    if file.is_file() and note.is_file() and digest(file)==note.read_text().strip():
-        o = load_file(file)
-        return Batch(o.pop('latents'), Condition(**o))
-    batch,part = make(),file.with_suffix(f'.{os.getpid()}.part')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k:v.contiguous() for k,v in dict(latents=batch.latents, **vars(batch.cond)).items()}, part)
-        write_text(note, digest(part)+'\n')
-        os.replace(part, file)
-    except Exception: part.unlink(missing_ok=True) # nothing can be kept here
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    place = lambda ending: cache()/f'{name}.{ending}'
+    with contextlib.suppress(Exception): # nothing is kept there
+        if digest(place('safetensors'))==place('sha256').read_text().strip():
+            o = load_file(place('safetensors'))
+            return Batch(o.pop('latents'), Condition(**o))
+    batch = make()
+    with contextlib.suppress(Exception): # nothing can be
+        cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache()) as tmp:
+            part = Path(tmp)/'part'
+            save_file({k:v.contiguous() for k,v in dict(latents=batch.latents, **vars(batch.cond)).items()}, part)
+            write_text(place('sha256'), digest(part)+'\n')
+            os.replace(part, place('safetensors'))
     return batch
 
 # %% ../nbs/14c_digits.ipynb #37207736
@@ -76,9 +78,9 @@ def digit_batches(
         bar = progress_bar(sizes, 'encode', leave=False, shown=accelerator.is_local_main_process)
         return Batch.cat([clips(pipe, recipe, n, recipe.seed*1_000_003+i) for i,n in enumerate(bar)])
     def forever():
-        laws = [recipe.fps, recipe.motion_bucket, recipe.aug_mean, recipe.aug_std]
+        asked = [getattr(recipe, o) for o in ('clips','seed','fps','motion_bucket','aug_mean','aug_std')]
         if clips is not digit_clips: data = encoded()
-        else: data = kept(encoded, ['digits 1', fingerprint(pipe), recipe.clips, recipe.seed, *laws])
+        else: data = kept(encoded, ['digits 1', fingerprint(pipe), str(pipe.vae.device), *asked])
         for k in itertools.count(start):
             i = torch.randint(len(data), (batch,), generator=random_state(recipe.seed+1, k, accelerator.process_index))
             yield data[i].to(accelerator.device),i.tolist()

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np, torch
 from einops import rearrange
 from torch import Tensor
-from .evaluate import Way, diversity, fingerprint, fvd, make_clips, sharpness
+from .evaluate import Way, check_frames, diversity, fingerprint, fvd, make_clips, sharpness
 from .files import load_clip, progress_bar, save_clip, table, write_rows, write_text
 from .films import Became, Cutting
 from .footage import decoded, find_films
-from .pipelines import default_size, load_pipeline
+from .pipelines import default_size, load_pipeline, pixels
 from .shards import fingerprint as encoder_of
 from .stream import Clips, held_films, load_manifest, spread
-from .validation import kernel_distance, pixels, seen_in
+from .validation import kernel_distance, seen_in
 from .video import labelled
 
 # %% ../nbs/23b_films_exam.ipynb #159e9070
@@ -76,15 +76,15 @@ def sit(
     way:Way,
     clips:Tensor, # of `real_clips`
     seed:int=0,
-    seeds:int=4   # answers to one picture, of the first four
+    fps:float=7   # which the model is told
 )->tuple[dict,Tensor]: # a row, and the answers
     "Let one model answer, and measure"
     asked,twins,pipe = clips[::2],clips[1::2],load_pipeline(way.model)
     batch = 8 if clips[0,0,0].numel()<=128**2 else 1
     if torch.cuda.is_available(): pipe.image_encoder.to('cuda')
-    made,seconds = make_clips(way, asked[:,0], seed, batch)
-    again = asked[:4,0].repeat_interleave(seeds, 0)
-    ends = rearrange(make_clips(way, again, seed+1, batch)[0][:,-1], '(p s) c h w -> p s c h w', s=seeds)
+    made,seconds = make_clips(way, asked[:,0], seed, batch, fps)
+    again = asked[:4,0].repeat_interleave(4, 0) # four answers to each of four pictures
+    ends = rearrange(make_clips(way, again, seed+1, batch, fps)[0][:,-1], '(p s) c h w -> p s c h w', s=4)
     return {'clips by':str(way), 'evaluations':way.calls, 'seconds':seconds,
         **figures(pipe, made.clamp(-1, 1), asked, twins), 'diverse':diversity(ends)},made
 
@@ -101,25 +101,22 @@ def exam(
 )->list[dict]:        # a row a way
     "Let every way go on from the same first frames of real films"
     out,clips = Path(out),real_clips(source, load_pipeline(ways[0].model), n, fps, size)
+    for o in ways: check_frames(o, clips.shape[1], f"{ways[0].model} makes {clips.shape[1]}; one exam has one length")
     what = hashlib.sha256(clips.numpy().tobytes()).hexdigest()[:8]
-    rows,walls = [],{'real':clips[:8:2]}
+    rows,walls,real = [],{'real':clips[:8:2]},out/f'real-{what}'
+    for i,o in enumerate(clips[::2] if i3d else ()): save_clip(o, real/f'{i:05}.mp4', fps)
     for way in progress_bar(ways, 'evaluate'):
         folder = out/'rows'/f'{fingerprint(way, n, seed)}-{what}'
         if not (folder/'row.json').exists():
-            row,made = sit(way, clips, seed)
+            row,made = sit(way, clips, seed, fps)
             for i,o in enumerate(made): save_clip(o, folder/f'{i:05}.mp4', fps)
             write_text(folder/'row.json', json.dumps(row, indent=1)+'\n')
         rows.append(json.loads((folder/'row.json').read_text()) | {'clips by':str(way)})
         walls[str(way)] = torch.stack([load_clip(folder/f'{i:05}.mp4') for i in range(len(walls['real']))])
-        if i3d: rows[-1] |= _fvd_of(folder, clips[::2], out/'real', i3d, fps)
+        if i3d: rows[-1] |= dict(fvd=fvd(real, folder, i3d, min(14, clips.shape[1]))['fvd'])
     write_rows(out/'table.csv', rows)
     said = dict(clips=len(clips), seed=seed, source=str(source), rows=rows)
     write_text(out/'table.json', json.dumps(said, indent=1)+'\n')
     write_text(out/'table.md', table(rows)+f"\n\n{len(clips)} real clips; speed and sharp as a share of theirs.\n")
     save_clip(labelled(walls), out/'clips.gif', fps)
     return rows
-
-def _fvd_of(folder:Path, real:Tensor, where:Path, i3d, fps:float)->dict:
-    "The literature's distance of a way's clips"
-    for i,o in enumerate(real): save_clip(o, where/f'{i:05}.mp4', fps)
-    return dict(fvd=fvd(where, folder, i3d, min(14, real.shape[1]))['fvd'])

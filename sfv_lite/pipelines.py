@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SHIPPED', 'check_finite', 'save_pipeline', 'pipeline_folder', 'load_pipeline', 'check_svd', 'check_size',
-           'pretrained', 'load_decoder', 'default_size', 'SFVPipeline', 'clips_of']
+           'pretrained', 'load_decoder', 'pixels', 'default_size', 'SFVPipeline', 'clips_of']
 
 # %% ../nbs/12_pipelines.ipynb #be109da1
 import copy, json, shutil
@@ -178,6 +178,15 @@ def load_decoder(
     if (factor,channels)!=due:
         raise ValueError(f"{path}: decodes {channels} channels at factor {factor}; the model has {due[1]} at {due[0]}")
     return tiny.to(pipe.vae.device, pipe.vae.dtype).eval()
+
+# %% ../nbs/12_pipelines.ipynb #708cfb66
+def pixels(
+    pipe,          # a `StableVideoDiffusionPipeline`, where its VAE is
+    latents:Tensor # `(n t c h w)`, scaled
+)->Tensor:         # `(n t 3 h w)`
+    "Latents as pixels: clips one by one unless they are small, and two frames at a time if they are large"
+    size = latents[0,0,0].numel()
+    return torch.cat([decode(pipe.vae, o, 2 if size>64**2 else None) for o in latents.split(1 if size>32**2 else 16)])
 
 # %% ../nbs/12_pipelines.ipynb #5aec0b9f
 def default_size(

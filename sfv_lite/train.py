@@ -172,6 +172,7 @@ def pretrain(
         loop(step, batches, r.teacher_steps, checkpoint, Log(run), show, validate)
         return deliver(checkpoint, pipe, teacher)
 
+# %% ../nbs/17_train.ipynb #fa9c5855
 def first_unet(pipe, recipe:Recipe, accelerator:Accelerator, init):
     "The UNet that a teacher's training begins with, in the pipeline and where the run is"
     torch.manual_seed(recipe.seed)
@@ -207,6 +208,7 @@ def with_start(pipe, init):
     pipe.register_modules(unet=unet)
     return pipe,eye
 
+# %% ../nbs/17_train.ipynb #6443b5ec
 def distil(
     recipe:Recipe,
     out:str|Path,             # the run's folder

@@ -70,6 +70,7 @@ def prepare(args):
     if not args.dry_run: print(args.out/'report.json')
     return 3 if report['refused'] else 0
 
+# %% ../nbs/30a_verbs.ipynb #6b2c4b09
 def _crew():
     "The processes that a launcher started, or this one"
     from sfv_lite.shards import ALONE
@@ -79,6 +80,7 @@ def _crew():
     days = timedelta(days=30) # that the first to be done waits for the last
     return PartialState(cpu=os.environ.get('ACCELERATE_USE_CPU')=='true', timeout=days)
 
+# %% ../nbs/30a_verbs.ipynb #d8ceb8c6
 def _say_report(report:dict, frames:int)->None:
     "A report, as lines to read"
     shards = f" in {report['shards']} shard(s)" if report['shards'] else ''
@@ -272,7 +274,8 @@ def evaluate(args):
     ways,made = [Way.parse(o) for o in args.ways],['table.md','table.csv','table.json','clips.gif']
     if args.frames:
         from sfv_lite.films_exam import exam
-        size = (args.height,args.width) if args.height and args.width else None
+        if bool(args.height)!=bool(args.width): raise ValueError("--frames: name --height and --width, or neither")
+        size = (args.height,args.width) if args.height else None
         exam(ways, args.frames, args.out, args.clips or 64, args.seed or 0, args.fps, size, args.i3d)
     else:
         if args.clips and args.clips<64: raise ValueError(f"--clips '{args.clips}': must be at least 64 for digits")

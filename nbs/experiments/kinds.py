@@ -6,9 +6,8 @@ What is done is skipped, what was stopped goes on.
 Runs lie in FOLDER; figures in nbs/experiments/kinds.json. One thread a process: OMP_NUM_THREADS=1"""
 import argparse, functools, json
 from pathlib import Path
-from tables import hinge, remembered
+from tables import hinge
 from sfv_lite import fit
-from sfv_lite.digits import digit_batches, digit_clips
 from sfv_lite.evaluate import Exam, Way
 from sfv_lite.files import write_text
 from sfv_lite.recipe import Recipe
@@ -37,8 +36,7 @@ def main():
         if any((o['kind'],o['seed'])==(name,a.seed) for o in rows): continue
         fit.LEARNS = list(ATTENTION) if 'attention' in name else everywhere
         out,recipe = a.folder/f'{name} {a.seed}',Recipe.load('digits', seed=a.seed, precision='no', **ROWS[name])
-        data = functools.partial(digit_batches, clips=remembered(digit_clips, a.folder/'real'))
-        if not (out/'pipeline').exists(): distil(recipe, out, data=data, resume=out.exists())
+        if not (out/'pipeline').exists(): distil(recipe, out, resume=out.exists())
         row = exam().sit(Way(str(out)))[0] | dict(kind=name, seed=a.seed, clips=a.clips) | hinge(out)
         del row['clips by'] # a path of this machine
         write_text(RESULTS, json.dumps([*rows, row], indent=1)+'\n')
