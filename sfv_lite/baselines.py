@@ -9,7 +9,6 @@ __all__ = ['LADD', 'teachers_clips', 'taught', 'teacher_step', 'consistency_loss
 import copy, itertools, math
 from pathlib import Path
 import torch
-from diffusers.training_utils import EMAModel
 from einops import rearrange
 from torch import Tensor
 from .edm import add_noise, karras_sigmas
@@ -23,6 +22,7 @@ from .objective import pseudo_huber
 from .pipelines import load_pipeline
 from .recipe import Recipe
 from .sampling import sample_consistency
+from .parts import way_to_prepare
 from .sfv import averaged, learning, make_optimizer, random_state, rate
 from .stream import Dealt
 from .svd import Batch, Condition, Denoiser
@@ -119,11 +119,11 @@ def consistency(
         if r.checkpointing: checkpoint_blocks(pipe.unet)
         if r.lora_rank: learn_little(pipe.unet, r.lora_rank, acc)
         student,ladder = Denoiser(pipe.unet).train(),karras_sigmas(rungs)
-        ema = EMAModel(learning(student), decay=r.ema, foreach=True)
-        student,opt = acc.prepare(student, make_optimizer(learning(student), r, r.lr_g))
+        student,opt,ema = way_to_prepare(r, acc)(acc, student, lambda o: make_optimizer(o, r, r.lr_g), r.ema)
+        if r.ema_on_cpu: ema.to('cpu')
         def target(*args):
             with averaged(ema, student): return student(*args)
-        checkpoint,n = load(Checkpoint(run, ema, partial=r.lora_rank>0)),micro_batch(r, acc)
+        checkpoint,n = load(Checkpoint(run, ema, learning(student), r.lora_rank>0)),micro_batch(r, acc)
         batches,held = data(pipe, r, n, acc, checkpoint.micro),held_clips(data, pipe, r, acc, 8, n)
         def loss(batch, micro):
             g = random_state(r.seed, micro, acc.process_index)

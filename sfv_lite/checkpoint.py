@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BEST', 'sealed', 'unsealed', 'Checkpoint', 'damage', 'newest', 'load', 'save', 'finish', 'forget', 'doubt', 'best_of',
-           'kept_rows', 'keep_average', 'average_at']
+           'kept_rows', 'keep_average', 'average_at', 'last_average']
 
 # %% ../nbs/16b_checkpoint.ipynb #8a5437a0
 import hashlib, json, math, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from .files import append_row, digest, flush, read_rows, replace_folder, write_text
 from .inspection import not_finite
+from .parts import share_of, whole
 from .runs import Run
 
 # %% ../nbs/16b_checkpoint.ipynb #e3f8abb9
@@ -40,9 +41,11 @@ class Checkpoint:
     def __init__(self,
         run:Run,
         ema:EMAModel,
+        params:list|None=None, # that it is the average of, where several processes may share them
         partial:bool=False # whether the state holds what is trained only, as with LoRA
     ):
         self.run,self.accelerator,self.ema,self.partial = run,run.accelerator,ema,partial
+        self.params = params or ema.shadow_params
         self.folder = run.out/'state'
         self.step = self.skipped = 0 # optimiser steps done, and those that were not
         self.micro = self.whole = 0  # micro-batches done, and those of whole steps
@@ -59,12 +62,17 @@ class Checkpoint:
         return sorted(found, key=lambda o: (not (o/'doubtful').exists(), int(o.name)), reverse=True)
 
     def tensors(self)->dict:
-        "All that is saved, by what it belongs to"
+        "All that this process saves, by what it belongs to"
         name = lambda o: type(self.accelerator.unwrap_model(o)).__name__ # of several processes all are wrapped alike
-        models = {name(o):list(o.parameters()) for o in self.accelerator._models}
+        mine = lambda p: p.detach().to_local() if hasattr(p, 'to_local') else p
+        models = {name(o):[mine(p) for p in o.parameters()] for o in self.accelerator._models}
         of = lambda opt: [t for o in opt.state.values() for t in o.values() if isinstance(t, torch.Tensor)]
         states = {f'optimiser of {name}':of(opt) for name,opt in zip(models, self.accelerator._optimizers)}
         return models | states | {'the average':list(self.ema.shadow_params)}
+
+    def average(self)->dict[str,torch.Tensor]:
+        "The average, whole, by number; all processes must ask"
+        return {f'{i:04}':p for i,p in enumerate(whole(self.ema.shadow_params, self.params))}
 
 # %% ../nbs/16b_checkpoint.ipynb #2c3134b3
 def damage(
@@ -113,8 +121,8 @@ def load(
     if folder is None: return c
     try:
         manifest,average = unsealed(folder/'manifest.json'),load_file(folder/'ema.safetensors')
-        if len(average)!=len(c.ema.shadow_params): raise ValueError(f'the average has {len(average)} tensors')
-        for i,p in enumerate(c.ema.shadow_params): p.copy_(average[f'{i:04}'])
+        if len(average)!=len(c.params): raise ValueError(f'the average has {len(average)} tensors')
+        for i,(o,p) in enumerate(zip(c.ema.shadow_params, c.params)): o.copy_(share_of(average[f'{i:04}'], p))
         c.accelerator.load_state(folder, strict=not c.partial)
     except torch.OutOfMemoryError: raise
     except Exception as e:
@@ -133,15 +141,16 @@ def load(
 def save(checkpoint:Checkpoint)->None: # raises `FloatingPointError` where a number is none; then nothing is written
     "Save everything needed to go on, whole or not at all, and forget what is older than the recipe keeps"
     c,acc = checkpoint,checkpoint.accelerator
-    if bad := not_finite(c.tensors()):
+    if bad := dict.fromkeys(gather_object(not_finite(c.tensors()))): # a process may hold a part only
         raise FloatingPointError(f"{c.run.out}: {' and '.join(bad)} not finite after step {c.step}; nothing is saved")
     part = c.folder/'.part'
     if acc.is_main_process: shutil.rmtree(part, ignore_errors=True)
     acc.wait_for_everyone()
     try:
         acc.save_state(part)
+        average = c.average()
         acc.wait_for_everyone()
-        if acc.is_main_process: finish(c, part)
+        if acc.is_main_process: finish(c, part, average)
     except Exception as e: # each library has its own name for a full disk
         shutil.rmtree(part, ignore_errors=True)
         kept = f"that of step {c.saved} is whole" if c.saved is not None else "there is none yet"
@@ -152,10 +161,10 @@ def save(checkpoint:Checkpoint)->None: # raises `FloatingPointError` where a num
     acc.wait_for_everyone()
 
 # %% ../nbs/16b_checkpoint.ipynb #840c33a8
-def finish(checkpoint:Checkpoint, part:Path)->None:
+def finish(checkpoint:Checkpoint, part:Path, average:dict)->None:
     "Add the average and the manifest, and give the folder its name"
     c = checkpoint
-    save_file({f'{i:04}':p for i,p in enumerate(c.ema.shadow_params)}, part/'ema.safetensors')
+    save_file(average, part/'ema.safetensors')
     names = sorted(o.name for o in part.iterdir())
     with ThreadPoolExecutor(8) as pool: files = dict(zip(names, pool.map(lambda o: digest(part/o), names)))
     write_text(part/'manifest.json', sealed(dict(step=c.step, micro=c.whole, skipped=c.skipped,
@@ -197,12 +206,13 @@ def kept_rows(run:Path)->list[dict]:
 def keep_average(checkpoint:Checkpoint, figures:dict[str,float])->None:
     "The average as it is, and what validation says of it; older ones go, but for the best and every n-th"
     c,r,rows = checkpoint,checkpoint.run.recipe,checkpoint.run.out/'validation.csv'
+    average = c.average()
     if not c.accelerator.is_main_process: return
     file = c.run.out/'averages'/f'{c.step:06}.safetensors'
     file.parent.mkdir(exist_ok=True)
     part = file.with_name('.part')
     try:
-        save_file({f'{i:04}':p for i,p in enumerate(c.ema.shadow_params)}, part)
+        save_file(average, part)
         flush(part)
     except Exception as e: # each library has its own name for a full disk
         part.unlink(missing_ok=True)
@@ -229,4 +239,14 @@ def average_at(
     file = run/'averages'/f'{step:06}.safetensors'
     if digest(file) not in [o['sha256'] for o in rows if int(o['step'])==step]:
         raise ValueError(f"{file}: was changed since it was written; take another, or the last")
-    return list(dict(sorted(load_file(file).items())).values())
+    return _numbered(file)
+
+def last_average(
+    checkpoint:Checkpoint # of a run of any number of processes
+)->list[torch.Tensor]:    # raises `ValueError` where no state can be used
+    "The average of the newest whole state; the one that is there, before the first"
+    folder,error = newest(checkpoint)
+    if error: raise ValueError(error)
+    return _numbered(folder/'ema.safetensors') if folder else checkpoint.ema.shadow_params
+
+def _numbered(file:Path)->list[torch.Tensor]: return [v for _,v in sorted(load_file(file).items())]

@@ -10,7 +10,7 @@ import dataclasses, json, math, os
 from pathlib import Path
 import torch
 import sfv_lite
-from .checkpoint import Checkpoint, average_at, best_of, load
+from .checkpoint import Checkpoint, average_at, best_of, last_average
 from .files import content, read_rows
 from .fit import merge_lora
 from .pipelines import default_size, load_pipeline, pipeline_folder, save_pipeline
@@ -52,7 +52,7 @@ def student_of(
     accelerator = make_accelerator(dataclasses.replace(recipe, tracker='none'))
     pipe,eye = with_start(load_pipeline(base_of(run, asked)), base_of(run, asked, 'init'))
     state = make_state(pipe, recipe, accelerator, eye)
-    if at=='last': load(Checkpoint(Run(run, asked, recipe, accelerator), state.ema, partial=recipe.lora_rank>0))
+    if at=='last': state.ema.shadow_params = last_average(Checkpoint(Run(run, asked, recipe, accelerator), state.ema))
     else: state.ema.shadow_params = average_at(run, at)
     state.ema.copy_to(learning(state.G))
     if recipe.lora_rank: merge_lora(pipe.unet)

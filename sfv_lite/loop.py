@@ -18,8 +18,9 @@ from .checkpoint import Checkpoint, keep_average, save
 from .files import append_row, progress_bar, read_rows, replace_folder, save_clip, write_rows
 from .fit import merge_lora
 from .health import Faults, Signs, compared
+from .parts import put_together
 from .pipelines import save_pipeline
-from .runs import Run
+from .runs import Run, asked_of
 from .sfv import averaged
 from .video import tile, to_uint8
 
@@ -37,7 +38,9 @@ class Log:
             good = lambda o: (o.get('step') or '').isdecimal() and int(o['step'])<=step
             for file in (self.run.out/'log.csv', self.run.out/'validation.csv'):
                 if rows := read_rows(file): write_rows(file, [o for o in rows if good(o)])
-        if self.recipe.tracker!='none': self.accelerator.init_trackers('sfv_lite', dataclasses.asdict(self.recipe))
+        if self.recipe.tracker!='none':
+            again = dict(wandb=dict(id=asked_of(self.run.out).get('id'), resume='allow')) # the same run goes on there
+            self.accelerator.init_trackers('sfv_lite', dataclasses.asdict(self.recipe), again)
         here = self.accelerator.is_local_main_process
         self.bar = progress_bar(total=total, initial=step, desc=self.run.asked['verb'], shown=here)
         return self.bar
@@ -219,6 +222,7 @@ def deliver(
     folder = checkpoint.run.out/'pipeline'
     with averaged(checkpoint.ema, model):
         if checkpoint.partial: merge_lora(pipe.unet)
+        put_together(pipe)
         if checkpoint.accelerator.is_main_process: save_pipeline(pipe, folder)
     checkpoint.accelerator.wait_for_everyone()
     return folder

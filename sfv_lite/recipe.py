@@ -123,7 +123,7 @@ class Recipe:
     gamma:float = number(0, 3e38)
     r1_every:int = number(1)
     # how both networks move (§4)
-    optimizer:str = choice('sm3','adamw')
+    optimizer:str = choice('sm3','adamw','adamw8bit')
     lr_g:float = number(0, 3e38)
     lr_d:float = number(0, 3e38)
     momentum:float = number(0, below=1)
@@ -137,6 +137,9 @@ class Recipe:
     accumulation:int = number(1)
     ema:float = number(0, below=1)
     lora_rank:int = number(0)
+    # memory: what several processes share, and what the CPU keeps
+    fsdp:bool = field()
+    ema_on_cpu:bool = field()
     # the teacher, for whoever has none: EDM training
     teacher_P_mean:float = number()
     teacher_P_std:float = number()
@@ -192,6 +195,9 @@ class Recipe:
         made = cls(name=name, **{k:checked(where, keys[k], v) for k,v in values.items()})
         if not (made.spatial or made.temporal):
             raise RecipeError(f"{where} spatial = temporal = false: a discriminator needs heads of one kind at least")
+        if made.fsdp and made.lora_rank:
+            raise RecipeError(f"{where} fsdp = true with lora_rank = {made.lora_rank}: LoRA's frozen UNet is whole in "
+                "every process; set fsdp = false, or lora_rank = 0")
         if made.P_std==0:
             raise RecipeError(f"{where} P_std = 0: must be another number; it is a standard deviation")
         return made

@@ -8,9 +8,10 @@ __all__ = ['FREE', 'IDENTITY', 'computes_in_bf16', 'make_accelerator', 'micro_ba
            'may_go_on']
 
 # %% ../nbs/16a_runs.ipynb #1c5f7709
-import dataclasses, json, os, platform, shlex, subprocess, sys
+import dataclasses, json, os, platform, shlex, subprocess, sys, uuid
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -42,6 +43,9 @@ def make_accelerator(
     precision = 'bf16' if bf16 else 'no'
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=recipe.accumulation,
         log_with=tracker, project_dir=out and str(out), kwargs_handlers=[views])
+    if recipe.optimizer=='adamw8bit' and not find_spec('bitsandbytes'):
+        raise RecipeError(f"recipe [{recipe.name}] optimizer = adamw8bit: needs bitsandbytes, which is not installed; "
+            "pip install bitsandbytes, or set optimizer = adamw")
     if tracker and not accelerator.log_with:
         raise RecipeError(f"recipe [{recipe.name}] tracker = {tracker}: is not installed; "
             f"pip install {tracker}, or set tracker = none")
@@ -78,8 +82,9 @@ def as_asked(
         'a model in parts':(False, parted, 'USE_FSDP or ACCELERATE_USE_DEEPSPEED')}
     for what,(asked,got,key) in due.items():
         if asked!=got:
+            cure = '; for FSDP set fsdp = true in the recipe' if parted else ''
             raise RecipeError(f"recipe [{recipe.name}]: asks for {what} ({asked}), and the launcher's configuration or "
-                f"environment made it {got}; take ACCELERATE_{key} out of it")
+                f"environment made it {got}; take ACCELERATE_{key} out of it{cure}")
 
 # %% ../nbs/16a_runs.ipynb #5434f1e6
 def asked_of(run:Path)->dict:
@@ -156,8 +161,10 @@ class Run:
         return {k:self.asked.get(k) for k in IDENTITY} | dict(recipe=touched(self.recipe))
     def write(self)->None:
         "`recipe.json`: what was asked, now and before, and what made it"
-        before = asked_of(self.out).get('made_with') or []
-        said = self.asked | dataclasses.asdict(self.recipe) | dict(made_with=[*before, provenance(self.accelerator)])
+        before = asked_of(self.out)
+        known = dict(id=before.get('id') or uuid.uuid4().hex[:12],
+            made_with=[*(before.get('made_with') or []), provenance(self.accelerator)])
+        said = self.asked | dataclasses.asdict(self.recipe) | known
         write_text(self.out/'recipe.json', json.dumps(said, indent=1)+'\n')
     def __enter__(self)->'Run':
         "A session of Python may have other habits; training needs these"

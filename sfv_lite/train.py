@@ -24,7 +24,8 @@ from .pipelines import check_size, load_pipeline
 from .recipe import Recipe, RecipeError
 from .runs import claim, make_accelerator, micro_batch
 from .sampling import sample_euler, sample_once
-from .sfv import State, averaged, clipped, distil_step, fetched, learning, random_state, rate, set_rate
+from .parts import way_to_prepare
+from .sfv import State, averaged, clipped, distil_step, fetched, follow, learning, random_state, rate, set_rate
 from .svd import Batch, Condition, Denoiser, digits_pipeline, encode
 from .validation import Validation, beside, fixed_noise, held_clips, in_parts, judged
 from .video import moving_digits
@@ -128,8 +129,8 @@ def one_network(
             figures['lr'] = lr(checkpoint.step)
             set_rate(opt, figures['lr'])
             opt.step()
-            ema.step(params)
-        opt.zero_grad()
+            follow(ema, model)
+        model.zero_grad()
         return figures
     return step
 
@@ -150,9 +151,10 @@ def pretrain(
     with claim('pretrain', out, r, acc, base, data, resume, init) as run:
         pipe = load_pipeline(base)
         teacher = Denoiser(first_unet(pipe, r, acc, init)).train()
-        ema = EMAModel(learning(teacher), decay=r.teacher_ema, foreach=True)
-        teacher,opt = acc.prepare(teacher, torch.optim.AdamW(learning(teacher), lr=r.teacher_lr, weight_decay=0.))
-        checkpoint = load(Checkpoint(run, ema, partial=r.lora_rank>0))
+        adam = lambda params: torch.optim.AdamW(params, lr=r.teacher_lr, weight_decay=0.)
+        teacher,opt,ema = way_to_prepare(r, acc)(acc, teacher, adam, r.teacher_ema)
+        if r.ema_on_cpu: ema.to('cpu')
+        checkpoint = load(Checkpoint(run, ema, learning(teacher), r.lora_rank>0))
         n,levels = micro_batch(r, acc, 'teacher_batch'),LogNormal(r.teacher_P_mean, r.teacher_P_std)
         batches,held = data(pipe, r, n, acc, checkpoint.micro),held_clips(data, pipe, r, acc, r.validate_clips, n)
         def loss(batch, micro):
@@ -197,7 +199,9 @@ def make_state(
         for o in (pipe.unet, *([eye] if eye else [])): checkpoint_blocks(o)
     if recipe.lora_rank: learn_little(pipe.unet, recipe.lora_rank, accelerator)
     plain = without_lora if recipe.lora_rank and not eye else None # one UNet is both
-    return State.create(pipe, recipe, accelerator, plain, eye)
+    state = State.create(pipe, recipe, accelerator, plain, eye, way_to_prepare(recipe, accelerator))
+    if recipe.ema_on_cpu: state.ema.to('cpu')
+    return state
 
 def with_start(pipe, init):
     "The pipeline with another one's UNet, and its own as the eye"
@@ -224,7 +228,7 @@ def distil(
         check_size(pipe, r.height, r.width, r.frames, f'recipe [{r.name}] with base {base}: ')
         for o in (pipe.unet,pipe.vae): o.to(acc.device) # the image tower is needed there now and then
         s = make_state(pipe, r, acc, eye)
-        checkpoint,n = load(Checkpoint(run, s.ema, partial=r.lora_rank>0)),micro_batch(r, acc)
+        checkpoint,n = load(Checkpoint(run, s.ema, learning(s.G), r.lora_rank>0)),micro_batch(r, acc)
         s.step,s.micro = checkpoint.step,checkpoint.micro
         seen = r.batch*(r.head_start+r.steps) # clips, in all; a run without a fixed end may see more
         few = dataclasses.replace(r, clips=min(r.clips, seen)) if r.clips and r.schedule!='constant' else r

@@ -252,9 +252,12 @@ def reproduce(args):
 def plan(args):
     "Memory, operations and days of a run"
     recipe = load_recipe(args)
-    from sfv_lite.plan import plan, verdict
-    p = plan(recipe, args.gpu, args.gpus, args.base, args.utilisation, args.clips, args.price)
-    _write_json(args.out, p)
+    from sfv_lite.plan import achieved, plan, said_of, verdict
+    like = achieved(args.like) if args.like else {}
+    share = like.get('share') or args.utilisation
+    p = plan(recipe, args.gpu, args.gpus, args.base, share, args.clips, args.price)
+    _write_json(args.out, p | dict(like=like))
+    if like: print(said_of(like), end='\n\n')
     print(f"{verdict(p)}\n\n{args.out}")
 
 # %% ../nbs/30a_verbs.ipynb #03ee5ee9

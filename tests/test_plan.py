@@ -117,3 +117,41 @@ def test_plan_on_the_command_line(base, tmp_path):
     done = ask('--gpu', 'gt-710')
     assert done.returncode==1 and len(done.stderr.splitlines())==1 and 'a100-80' in done.stderr
 
+
+
+def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path):
+    "Clips a second of its log times what the count says of a clip; the card by its name; blocks done again apart"
+    import csv
+    from sfv_lite import train
+    from sfv_lite.plan import achieved, said_of
+    out = tmp_path/'run'
+    r = recipe(steps=3, batch=2, checkpointing=True)
+    train.distil(r, out, base=base)
+    rates = sorted(float(o['clips_s']) for o in csv.DictReader((out/'log.csv').open(newline='')))
+    here = achieved(out)
+    assert here['clips_s']==rates[1] and here['share'] is None and 'TFLOP/s' in said_of(here)
+    useful = flops_of(dataclasses.replace(r, checkpointing=False), network_sizes(base))/r.batch
+    assert here['useful_s']==pytest.approx(rates[1]*useful) and here['operations_s']>1.1*here['useful_s']
+    asked = json.loads((out/'recipe.json').read_text())
+    asked['made_with'][-1] |= dict(device='NVIDIA A100-SXM4-80GB', processes=2)
+    (out/'recipe.json').write_text(json.dumps(asked))
+    there = achieved(out)
+    assert there['gpu']=='a100-80' and there['share']==pytest.approx(here['operations_s']/(2*312e12))
+    said = sfv('plan', '--recipe', 'digits', '--base', base, '--gpus', 1, '--like', out, '-o', tmp_path/'plan.json')
+    assert json.loads((tmp_path/'plan.json').read_text())['utilisation']==there['share'], said.stderr
+    assert '2 × NVIDIA A100-SXM4-80GB' in said.stdout
+    (out/'log.csv').unlink()
+    with pytest.raises(ValueError, match='no clips_s yet'): achieved(out)
+    with pytest.raises(ValueError, match='no run of distil'): achieved(base)
+
+
+@pytest.mark.parametrize('keys,less', [(dict(fsdp=True), 'weights of G'), (dict(ema_on_cpu=True), 'average of G')])
+def test_shared_memory_is_counted(keys, less):
+    "Four processes that share G hold a quarter of what stands each, and gathered blocks; an average on the CPU is none"
+    small = sizes(64,128,256,256)
+    r = Recipe.load('svd', height=64, width=64, batch=4, accumulation=1, precision='no')
+    whole,other = memory_of(r, small, 4),memory_of(dataclasses.replace(r, **keys), small, 4)
+    assert other[less]==(whole[less]//4 if 'fsdp' in keys else 0)
+    assert other['peak']==sum(v for k,v in other.items() if k!='peak')
+    assert whole['peak']-other['peak']==sum(whole.get(k,0)-v for k,v in other.items() if k!='peak')
+    assert ('blocks gathered' in other)==('fsdp' in keys)

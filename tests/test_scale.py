@@ -1,8 +1,11 @@
 "More than one process, in float64: two of them, each with half of every batch, are one with all of it; queues"
 import os, signal, subprocess, time
 import pytest, torch
-from conftest import ROOT, python
+from conftest import ROOT, TINY, files, python
 from safetensors.torch import load_file
+from sfv_lite.export import export
+from sfv_lite.pipelines import load_pipeline, save_pipeline
+from sfv_lite.svd import digits_pipeline
 
 # every process draws noise for the whole batch and takes its own clips, so that one and two of them see the same
 SCRIPT = '''if 1:
@@ -10,9 +13,10 @@ SCRIPT = '''if 1:
     from types import SimpleNamespace
     from safetensors.torch import save_file
     torch.set_default_dtype(torch.float64)
-    from sfv_lite import sfv, train
+    from sfv_lite import parts, sfv, train
     from sfv_lite.edm import add_noise
     from sfv_lite.recipe import Recipe
+    from sfv_lite.sfv import held
     from sfv_lite.svd import Batch, Condition, digits_pipeline
     out,overrides,steps,size,frames = sys.argv[1],eval(sys.argv[2]),int(sys.argv[3]),4,3
     r = Recipe.load('digits', **overrides)
@@ -39,7 +43,8 @@ SCRIPT = '''if 1:
     assert s.step==steps
     G = acc.unwrap_model(s.G)
     found = {f'G.{k}':p for k,p in G.named_parameters() if p.requires_grad}
-    average = {f'ema.{k}':v for k,v in zip([*found], s.ema.shadow_params, strict=True)}
+    average = {f'ema.{k}':v for k,v in zip([*found], parts.whole(s.ema.shadow_params, [*found.values()]))}
+    found = dict(zip(found, parts.whole(held(G), [*found.values()])))
     found |= {f'heads.{k}':p for k,p in s.D.heads.named_parameters()} | average
     save_file({k:v.detach().clone().contiguous() for k,v in found.items()}, f'{out}-{world}-{rank}.safetensors')
     if world>1: dist.destroy_process_group()
@@ -47,16 +52,19 @@ SCRIPT = '''if 1:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['whole','lora'])
+@pytest.mark.parametrize('way', ['whole','parts','parts, recomputed','lora'])
 def test_two_processes_are_one(way, tmp_path):
-    """Twenty steps with R1, a head start, accumulation and SM3 (with LoRA: six, AdamW, and blocks computed twice):
+    """Twenty steps with R1, a head start, accumulation and SM3; eight with a generator in parts (FSDP 2); six of AdamW
+    so, clipped, where blocks are computed twice and the CPU keeps the average; and six with LoRA, blocks computed twice:
     every tensor of G, of the heads and of the average equals the single process's to 1e-6 of its norm,
     and the ranks hold the same to the bit.
     Left out is what has no gradient but rounding, which adaptive optimisers blow up:
     attention to a single token has no use for its queries and keys"""
     whole = dict(optimizer='sm3', T_g=4, lam=.1, lr_g=1e-4, lr_d=1e-3)
     lora = dict(lora_rank=4, checkpointing=True, lr_g=1e-3, lr_d=1e-3)
-    steps,more = (20,whole) if way=='whole' else (6,lora)
+    parts = whole | dict(fsdp=True)
+    again = parts | dict(checkpointing=True, clip_norm=.5, optimizer='adamw', ema_on_cpu=True)
+    steps,more = {'whole':(20,whole), 'parts':(8,parts), 'parts, recomputed':(6,again), 'lora':(6,lora)}[way]
     keys = dict(precision='no', steps=steps, head_start=2, warmup=0, schedule='constant', batch=4, accumulation=2,
         r1_every=3, head_width=16, **more)
     (tmp_path/'run.py').write_text(SCRIPT)
@@ -71,6 +79,42 @@ def test_two_processes_are_one(way, tmp_path):
     apart = {k:float((first[k]-v).norm()/v.norm()) for k,v in one.items() if not any(o in k for o in idle)}
     assert len(apart)>.7*len(one)
     assert max(apart.values())<1e-6, sorted(apart.items(), key=lambda o: -o[1])[:5]
+
+
+@pytest.mark.slow
+def test_a_run_in_parts_goes_on(tmp_path):
+    """A generator that two processes share, stopped after step 3 and gone on with: the bytes of a run that was not
+    stopped, whole in one pipeline. One process exports what a stopped run has; a teacher is trained so as well"""
+    base = save_pipeline(digits_pipeline(4), tmp_path/'base')
+    (tmp_path/'two.py').write_text("""if 1:
+        import os, signal, sys
+        from sfv_lite import train
+        from sfv_lite.recipe import Recipe
+        base,out,overrides,stop,resume,train_it = map(eval, sys.argv[1:])
+        def data(*args):
+            for k,batch in enumerate(train.digit_batches(*args)):
+                if k==stop and args[3].process_index==1: os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+        r = Recipe.load('digits', **overrides)
+        assert train.make_accelerator(r).num_processes==2
+        run = dict(pretrain=train.pretrain, distil=train.distil)[train_it]
+        try: run(r, out, base=base, data=data, resume=resume)
+        except KeyboardInterrupt as e: print(e)""")
+    keys = TINY | dict(steps=5, teacher_steps=3, head_start=1, batch=4, optimizer='sm3', fsdp=True, validate_every=2)
+    def run(name, stop=None, resume=False, verb='distil'):
+        torchrun = '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2
+        given = str(base),str(tmp_path/name),keys,stop,resume,verb
+        done = python(*torchrun, tmp_path/'two.py', *map(repr, given))
+        assert done.returncode==0, done.stderr[-3000:]
+        return tmp_path/name
+    weights = lambda folder: files(folder/'pipeline'/'unet')
+    whole,part = run('whole'),run('part', stop=2)
+    assert not (part/'pipeline').exists() and len(list((part/'state'/'000003').glob('optimizer*')))==3
+    load_pipeline(export(part, tmp_path/'exported'))
+    assert weights(run('part', resume=True))==weights(whole)!=weights(run('teacher', verb='pretrain'))
+    assert files(part/'averages')==files(whole/'averages')
+    stock = {k:v.shape for k,v in load_pipeline(base).unet.state_dict().items()}
+    for o in ('whole','teacher'): assert {k:v.shape for k,v in load_pipeline(tmp_path/o).unet.state_dict().items()}==stock
 
 
 def test_told_to_stop_by_a_queue(tmp_path):
