@@ -280,7 +280,8 @@ def achieved(
     rates = [float(o['clips_s']) for o in read_rows(run/'log.csv') if o.get('clips_s')][-20:]
     if not rates: raise ValueError(f"{run}/log.csv: has no clips_s yet; let the run go on for a few steps")
     recipe,made = recipe_of(asked),asked['made_with'][-1]
-    recipe = dataclasses.replace(recipe, tracker='none', precision='bf16' if recipe.precision=='auto' else recipe.precision)
+    precision = 'bf16' if recipe.precision=='auto' else recipe.precision
+    recipe = dataclasses.replace(recipe, precision=precision, tracker='none')
     sizes,named = network_sizes(base_of(run, asked)),made['device'].lower()
     gpu = next((k for k in GPUS if all(o in named for o in k.split('-'))), None)
     cost = {again:flops_of(dataclasses.replace(recipe, checkpointing=again), sizes)/recipe.batch

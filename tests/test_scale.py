@@ -55,7 +55,7 @@ SCRIPT = '''if 1:
 @pytest.mark.parametrize('way', ['whole','parts','parts, recomputed','lora'])
 def test_two_processes_are_one(way, tmp_path):
     """Twenty steps with R1, a head start, accumulation and SM3; eight with a generator in parts (FSDP 2); six of AdamW
-    so, clipped, where blocks are computed twice and the CPU keeps the average; and six with LoRA, blocks computed twice:
+    so, clipped, where blocks are computed twice and the CPU keeps the average; six with LoRA, blocks computed twice:
     every tensor of G, of the heads and of the average equals the single process's to 1e-6 of its norm,
     and the ranks hold the same to the bit.
     Left out is what has no gradient but rounding, which adaptive optimisers blow up:
@@ -114,7 +114,8 @@ def test_a_run_in_parts_goes_on(tmp_path):
     assert weights(run('part', resume=True))==weights(whole)!=weights(run('teacher', verb='pretrain'))
     assert files(part/'averages')==files(whole/'averages')
     stock = {k:v.shape for k,v in load_pipeline(base).unet.state_dict().items()}
-    for o in ('whole','teacher'): assert {k:v.shape for k,v in load_pipeline(tmp_path/o).unet.state_dict().items()}==stock
+    for o in ('whole','teacher'):
+        assert {k:v.shape for k,v in load_pipeline(tmp_path/o).unet.state_dict().items()}==stock
 
 
 def test_told_to_stop_by_a_queue(tmp_path):
