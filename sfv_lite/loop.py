@@ -32,12 +32,14 @@ class Log:
         self.rows,self.bar = [],None # figures since the last line
 
     def begin(self, step:int, total:int)->tqdm: # the progress bar
-        "Write what was asked, forget lines that came after the state, and any that are none"
+        "Write what was asked, forget lines and averages that came after the state, and any lines that are none"
         if self.accelerator.is_main_process:
             self.run.write()
             good = lambda o: (o.get('step') or '').isdecimal() and int(o['step'])<=step
             for file in (self.run.out/'log.csv', self.run.out/'validation.csv'):
                 if rows := read_rows(file): write_rows(file, [o for o in rows if good(o)])
+            for file in (self.run.out/'averages').glob('*.safetensors'):
+                if int(file.stem)>step: file.unlink()
         if self.recipe.tracker!='none':
             again = dict(wandb=dict(id=asked_of(self.run.out).get('id'), resume='allow')) # the same run goes on there
             self.accelerator.init_trackers('sfv_lite', dataclasses.asdict(self.recipe), again)
@@ -185,6 +187,7 @@ def loop(
                 figures = spent('look_s', validate)
                 log.note(figures)
                 keep_average(checkpoint, figures)
+            if 'look_s' in spent.seconds: log.note(dict(look_s=spent.seconds.pop('look_s')))
             if c.step%r.log_every==0: signs.line(c.step, log.write(c.step, c.seconds))
             if saves(c.step): keep(checkpoint, log)
         if c.saved!=c.step: keep(checkpoint, log)

@@ -1,5 +1,5 @@
 "What a run says of clips that it does not train on; averages that are kept; runs that begin with another's weights"
-import json
+import json, shutil
 from types import SimpleNamespace
 import pytest, torch
 from conftest import TINY, recipe, sets
@@ -117,6 +117,20 @@ def test_of_additions_only(base, tmp_path):
     assert main(['export',str(tmp_path/'run'),'-o',str(tmp_path/'two'),'--at','2','--dtype','fp32'])==0
     assert len(average_at(tmp_path/'run', '2'))<len(unet(tmp_path/'two'))
     assert unet(tmp_path/'two').keys()==unet(base).keys()
+
+
+def test_what_came_after_is_gone(base, tmp_path):
+    "A run that goes on from step 2 has no averages of later steps, from its first micro-batch on"
+    out,asked = tmp_path/'run',recipe(steps=6, validate_every=2, save_every=2, keep=9)
+    train.distil(asked, out, base)
+    for step in (4,6): shutil.rmtree(out/'state'/f'{step:06}')
+    def data(*args):
+        assert [o.stem for o in (out/'averages').iterdir()]==['000002']
+        raise InterruptedError
+        yield
+    data.held = digit_batches.held
+    with pytest.raises(InterruptedError): train.distil(asked, out, base, data, resume=True)
+    assert [o['step'] for o in read_rows(out/'validation.csv')]==['2']
 
 
 # other beginnings ---------------------------------------------------------------------------------
