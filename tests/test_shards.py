@@ -86,7 +86,9 @@ def flat(tmp_path_factory, good, base):
     return out
 
 
-def process(rank=0, world=1): return SimpleNamespace(process_index=rank, num_processes=world, device=torch.device('cpu'))
+def process(rank=0, world=1):
+    "What of accelerate's accelerator is looked at"
+    return SimpleNamespace(process_index=rank, num_processes=world, device=torch.device('cpu'))
 
 
 def only(folder):
