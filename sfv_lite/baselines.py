@@ -59,7 +59,8 @@ def taught(
             for k in itertools.count(start):
                 o,g = next(real),random_state(recipe.seed-2, k, accelerator.process_index)
                 noise = torch.randn(o.latents.shape, generator=g).to(o.latents)
-                with torch.no_grad(): yield Batch(way.sample(D, o.cond, noise, g), o.cond),real.clips
+                with torch.no_grad(): made = way.sample(D, o.cond, noise, g) # no yield within: it holds for the caller
+                yield Batch(made, o.cond),real.clips
         return Dealt(forever())
     vars(batches).update(vars(data))
     batches.source,batches.content = (f"{getattr(data, o, None)}, answered by {way}" for o in ('source','content'))

@@ -100,7 +100,8 @@ def _train(all_verbs)->None:
         v.recipe()
         v.flag('--resume', "go on where the run in OUT stopped")
     for v in (pre,dis):
-        v.option('--data', Path, None, "a folder that prepare made", "the built-in moving digits", metavar='SHARDS')
+        v.option('--data', Path, None, "folders that prepare made, one a size of clip, the recipe's first",
+            "the built-in moving digits", metavar='SHARDS', nargs='+', action='extend')
         v.option('--init', str, None, "pipeline whose UNet training begins with, whole or by the recipe's LoRA",
             "random weights" if v is pre else "the base's", metavar='MODEL')
     pre.base("pipeline whose VAE and image tower are used")

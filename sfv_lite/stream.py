@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'load_manifest', 'whole', 'damaged', 'read_rows', 'from_rows', 'names_of', 'held_films', 'Clips', 'Windows',
-           'Dealt', 'shard_batches', 'spread', 'check_shards', 'contact']
+           'load_manifests', 'Turns', 'Dealt', 'shard_batches', 'spread', 'check_shards', 'contact']
 
 # %% ../nbs/14b_stream.ipynb #8835f1fb
 import hashlib, itertools, json, math, signal
 from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from .pipelines import load_pipeline, pixels
+from .pipelines import check_size, load_pipeline, pixels
 from .shards import bytes_of, fingerprint, parts_of, progress, read_json
 from .svd import Batch, Condition
 from .video import contact_sheet
@@ -132,6 +132,17 @@ class Clips:
 
     def __len__(self): return len(self.row)
 
+    def per_epoch(self,
+        batch:int, # clips a micro-batch
+        world:int  # processes
+    )->int:        # raises `ValueError` where there are too few clips for one
+        "Micro-batches that every process is dealt in an epoch"
+        share = len(self)//world
+        if share<batch:
+            raise ValueError(f"{self.folder}: a process has {share} clips to train on, fewer than its micro-batch of "
+                f"{batch}; prepare more, or make the batch smaller")
+        return share//batch
+
     def order(self,
         seed:int, epoch:int, rank:int, world:int,
         window:int         # clips that are read at a time
@@ -161,12 +172,9 @@ class Windows(IterableDataset):
         start:int  # first micro-batch
     ):
         self.clips,self.manifest,self.seed,self.rank,self.world = clips,manifest,seed,rank,world
-        per_window = max(1, WINDOW//batch) # micro-batches
-        per_epoch = len(clips)//world//batch
-        if not per_epoch:
-            raise ValueError(f"{clips.folder}: a process has {len(clips)//world} clips to train on, fewer than its "
-                f"micro-batch of {batch}; prepare more, or make the batch smaller")
-        self.size,self.windows = per_window*batch,math.ceil(per_epoch/per_window) # clips, windows an epoch
+        per_window,per_epoch = max(1, WINDOW//batch),clips.per_epoch(batch, world) # micro-batches
+        self.batch,self.size = batch,per_window*batch # clips
+        self.windows = math.ceil(per_epoch/per_window) # an epoch
         epoch,inside = divmod(start, per_epoch)
         self.first = epoch*self.windows + inside//per_window
         self.skip = inside%per_window # micro-batches of the first window
@@ -183,8 +191,62 @@ class Windows(IterableDataset):
             batch = from_rows(rows, self.manifest, which.tolist())
             yield (batch.latents, *vars(batch.cond).values()),names_of(rows)
 
+    def cut(self, workers:int, device):
+        "Micro-batches, each with the names of its clips, while `workers` processes read ahead"
+        loader = DataLoader(self, batch_size=None, collate_fn=_as_it_is, num_workers=workers,
+            prefetch_factor=1 if workers else None, worker_init_fn=_deaf, pin_memory=device.type=='cuda')
+        skip,n = self.skip,self.batch
+        for (latents,*cond),names in loader:
+            window = Batch(latents, Condition(*cond))
+            for k in range(skip*n, len(names)-n+1, n): yield window[k:k+n].to(device, non_blocking=True),names[k:k+n]
+            skip = 0
+
 def _as_it_is(o): return o
 def _deaf(worker): signal.signal(signal.SIGINT, signal.SIG_IGN) # a terminal's Ctrl-C is for the parent
+
+# %% ../nbs/14b_stream.ipynb #25cb8b55
+def load_manifests(
+    folders      # of shards
+)->dict[str,dict]: # by folder; raises where one is named twice, even as a copy
+    "What several folders of shards say of themselves"
+    found = {}
+    for folder in folders:
+        manifest = load_manifest(folder)
+        for other,o in found.items():
+            if o['content']==manifest['content']:
+                raise ValueError(f"{folder}: holds the same shards as {other}; name every folder once")
+        found[str(folder)] = manifest
+    if not found: raise ValueError("no folder of shards is named; sfv-lite prepare makes them")
+    return found
+
+# %% ../nbs/14b_stream.ipynb #315f293c
+class Turns:
+    "Which folder a micro-batch is of"
+    def __init__(self,
+        counts:list[int], # micro-batches of each in an epoch
+        seed:int
+    ): self.counts,self.seed,self.epoch = counts,seed,sum(counts)
+
+    def order(self,
+        epoch:int
+    )->np.ndarray: # `(micro-batches,)`, numbers of folders
+        "An epoch's turns, evenly mixed"
+        g = np.random.default_rng([self.seed, epoch, 0, 1]) # others are drawn for the clips
+        when = np.concatenate([(np.arange(n)+g.random(n))/n for n in self.counts])
+        return np.repeat(np.arange(len(self.counts)), self.counts)[np.argsort(when, kind='stable')]
+
+    def before(self,
+        start:int   # a micro-batch
+    )->list[int]:
+        "How often each had its turn before it"
+        epoch,inside = divmod(start, self.epoch)
+        now = np.bincount(self.order(epoch)[:inside], minlength=len(self.counts))
+        return (epoch*np.array(self.counts)+now).tolist()
+
+    def since(self, start:int):
+        "Whose turn it is from a micro-batch on, for ever"
+        epoch,inside = divmod(start, self.epoch)
+        for k in itertools.count(epoch): yield from self.order(k)[inside if k==epoch else 0:].tolist()
 
 # %% ../nbs/14b_stream.ipynb #a694717a
 class Dealt:
@@ -196,31 +258,31 @@ class Dealt:
         return batch
 
 def shard_batches(
-    folder:str|Path # made by `prepare`
+    folders         # made by `prepare`: one, or a list, each of clips of a size of its own, the recipe's first
 ):                  # a function like `digit_batches`, for `data=` of `pretrain` and `distil`
     "Batches from shards, for ever, in an order that is a function of seed, epoch and process alone"
-    manifest = load_manifest(folder)
+    manifests = load_manifests([folders] if isinstance(folders, (str,Path)) else folders)
+    first = next(iter(manifests))
     def batches(pipe, recipe, batch:int, accelerator, start:int=0):
-        check_shards(folder, manifest, pipe, recipe)
-        held,device = held_films(manifest, recipe.held_out),accelerator.device
-        mine = Clips(folder, manifest, lambda film: film not in held)
-        rank,world = accelerator.process_index,accelerator.num_processes
-        windows = Windows(mine, manifest, recipe.seed, rank, world, batch, start)
-        loader = DataLoader(windows, batch_size=None, collate_fn=_as_it_is, num_workers=recipe.workers,
-            prefetch_factor=1 if recipe.workers else None, worker_init_fn=_deaf, pin_memory=device.type=='cuda')
+        check_shards(manifests, pipe, recipe)
+        held = set.union(*(held_films(o, recipe.held_out) for o in manifests.values()))
+        mine = [Clips(folder, o, lambda film: film not in held) for folder,o in manifests.items()]
+        rank,world,device = accelerator.process_index,accelerator.num_processes,accelerator.device
+        turns = Turns([o.per_epoch(batch, world) for o in mine], recipe.seed)
+        parts = zip(mine, manifests.values(), turns.before(start))
+        windows = [Windows(o, manifest, recipe.seed, rank, world, batch, k) for o,manifest,k in parts]
+        each = math.ceil(recipe.workers/len(mine))
         def forever():
-            skip = windows.skip
-            for (latents,*cond),names in loader:
-                window = Batch(latents, Condition(*cond))
-                for k in range(skip*batch, len(names)-batch+1, batch):
-                    yield window[k:k+batch].to(device, non_blocking=True),names[k:k+batch]
-                skip = 0
+            streams = [o.cut(each, device) for o in windows]
+            for k in turns.since(start): yield next(streams[k])
         return Dealt(forever())
     def held_out(pipe, recipe, n:int)->Batch|None: # None where there is but one film
-        "At most `n` clips of films that the run does not train on"
+        "At most `n` clips of films that the run does not train on, of the recipe's size"
+        manifest = manifests[first]
         held = held_films(manifest, recipe.held_out)
-        return spread(Clips(folder, manifest, held.__contains__), manifest, n) if held else None
-    batches.source,batches.content,batches.held = str(folder),manifest['content'],held_out # a run writes down two
+        return spread(Clips(first, manifest, held.__contains__), manifest, n) if held else None
+    sources,contents = list(manifests),[o['content'] for o in manifests.values()] # a run writes them down
+    batches.source,batches.content,batches.held = sources if sources[1:] else first,'+'.join(contents),held_out
     return batches
 
 def spread(clips:Clips, manifest:dict, n:int)->Batch:
@@ -229,17 +291,26 @@ def spread(clips:Clips, manifest:dict, n:int)->Batch:
     return from_rows(clips.read(which), manifest, [0]*len(which))
 
 # %% ../nbs/14b_stream.ipynb #fa563a98
-def check_shards(folder, manifest:dict, pipe, recipe)->None:
-    "Shards belong to one VAE, one image tower and one size of clip"
+def check_shards(
+    manifests:dict, # of `load_manifests`
+    pipe,
+    recipe
+)->None:            # raises `ValueError`
+    "Shards belong to one VAE and one image tower, and those that are named first to the recipe's size of clip"
+    first,*_ = manifests
+    channels,embeds = pipe.unet.config.out_channels,pipe.image_encoder.config.projection_dim
+    due = channels,embeds,fingerprint(pipe)
     for k in ('frames','height','width'):
-        have,want = manifest[k],getattr(recipe, k)
+        have,want = manifests[first][k],getattr(recipe, k)
         if have!=want:
             said = f"its clips have {k} = {have}, the recipe [{recipe.name}] says {want}"
-            raise ValueError(f"{folder}: {said}; prepare them for this recipe")
-    channels,embeds = pipe.unet.config.out_channels,pipe.image_encoder.config.projection_dim
-    if (manifest['latents'][1],manifest['embeds'],manifest['base'])!=(channels,embeds,fingerprint(pipe)):
-        said = f"was made with another base pipeline's VAE or image tower (its fingerprint is {manifest['base']})"
-        raise ValueError(f"{folder}: {said}; prepare it with --base of this one")
+            more = ", or name a folder of that size first" if len(manifests)>1 else ""
+            raise ValueError(f"{first}: {said}; prepare them for this recipe{more}")
+    for folder,o in manifests.items():
+        if (o['latents'][1],o['embeds'],o['base'])!=due:
+            said = f"was made with another base pipeline's VAE or image tower (its fingerprint is {o['base']})"
+            raise ValueError(f"{folder}: {said}; prepare it with --base of this one")
+        if folder!=first: check_size(pipe, o['height'], o['width'], o['frames'], f'{folder}: its clips have ')
 
 # %% ../nbs/14b_stream.ipynb #0199f10c
 def contact(

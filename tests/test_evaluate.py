@@ -1,7 +1,7 @@
 "The ruler: whole evaluations, faults, the rivals' runs"
-import csv, importlib.util, json, math
+import csv, importlib.util, json, math, sys
 import pytest, torch
-from conftest import files, recipe
+from conftest import ROOT, files, recipe
 from sfv_lite import baselines, evaluate as ev, judge
 from sfv_lite.cli import main
 from sfv_lite.files import load_clip, load_image, save_clip
@@ -194,3 +194,63 @@ def test_fvd_of_two_folders(tmp_path):
     said = dict(real=6, made=6, frames=10, height=64, width=64)
     assert {k:same[k] for k in said}==said
     assert abs(same['fvd'])<1e-2*far['fvd']
+
+
+class Mean(torch.nn.Module):
+    "Called as StyleGAN-V's I3D is"
+    def forward(self, x, rescale:bool=False, resize:bool=False, return_features:bool=False): return x.mean((3,4))/255
+
+
+@pytest.fixture
+def ucf(tmp_path, monkeypatch):
+    "The script of the paper's Table 1, four films of which one is too short, and an I3D that is none"
+    path = ROOT/'nbs/experiments/ucf.py'
+    spec = importlib.util.spec_from_file_location('ucf', path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    x,_ = moving_digits(4, 5, 'test')
+    for i in range(4): save_clip(x[i].repeat(2,1,1,1)[:5 if i==3 else 16], tmp_path/f'films/class {i//2}/{i}.mp4', 7)
+    torch.jit.script(Mean()).save(tmp_path/'i3d.pt')
+    def run(out, *more):
+        argv = [path, tmp_path/'films', tmp_path/out, *more, '--i3d', tmp_path/'i3d.pt']
+        monkeypatch.setattr(sys, 'argv', [*map(str, argv)])
+        script.main()
+    return run
+
+
+def test_protocol_of_table_1(ucf, base, tmp_path, capsys):
+    """Films' first frames, clips of both sides at UCF-101's size, a table with FVD; what is there is not made again;
+    shared out it is the same; another size wants another folder"""
+    ask = f'{base}@1', f'{base}@2x2', '--frames', '8', '--size', '48x32'
+    ucf('one', *ask)
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path/'one/table.json').read_text())
+    assert [(o['clips'],o['evaluations']) for o in rows]==[(3,1),(3,4)] and all(o['FVD']>0 for o in rows)
+    assert f'{base}@2x2' in said and f"{rows[1]['FVD']:.4g}" in said
+    names = ['class 0-0.mp4','class 0-1.mp4','class 1-2.mp4']
+    for folder in ('real', *(f"made/{o['folder']}" for o in rows)):
+        assert sorted(o.name for o in (tmp_path/'one'/folder).iterdir())==names
+        assert load_clip(tmp_path/'one'/folder/names[0]).shape==(8,3,240,320)
+    before = {o:o.stat().st_mtime_ns for o in (tmp_path/'one').rglob('*.mp4')}
+    gone = tmp_path/'one/made'/rows[1]['folder']/names[1]
+    gone.unlink()
+    ucf('one', *ask)
+    assert [o for o,t in before.items() if o.stat().st_mtime_ns!=t]==[gone]
+    again = json.loads((tmp_path/'one/table.json').read_text())
+    assert all(o['FVD']==pytest.approx(p['FVD'], rel=1e-4) for o,p in zip(again, rows, strict=True))
+    for part in ('1/2','0/2'): ucf('two', *ask, '--part', part)
+    assert not (tmp_path/'two/table.json').exists()
+    ucf('two', *ask)
+    for o in before: # x264 does not encode twice alike
+        one,two = (load_clip(p) for p in (o, tmp_path/'two'/o.relative_to(tmp_path/'one')))
+        assert (one-two).abs().mean()<.02
+    assert len(before)==9
+    with pytest.raises(SystemExit, match='choose another one'): ucf('one', *ask[:-1], '32x32')
+
+
+@pytest.mark.slow
+def test_protocol_of_table_1_with_stand_ins(ucf, tmp_path):
+    "A small SVD of random weights, in one step and in four with guidance"
+    ucf('small', '--small', '--clips', '2', '--frames', '10')
+    rows = json.loads((tmp_path/'small/table.json').read_text())
+    assert [(o['clips'],o['evaluations']) for o in rows]==[(2,1),(2,8)]

@@ -10,7 +10,8 @@ from sfv_lite.files import load_clip, save_clip
 from sfv_lite.films import Cutting, clips_of
 from sfv_lite.files import locked
 from sfv_lite.shards import prepare
-from sfv_lite.stream import Clips, held_films, load_manifest, shard_batches
+from sfv_lite.pipelines import load_pipeline
+from sfv_lite.stream import Clips, Turns, held_films, load_manifest, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import moving_digits, to_uint8
 
@@ -75,6 +76,19 @@ def shards(tmp_path_factory, good, base):
     report = prepare(good, out, base, SPEC, workers=0, shard=5)
     assert (report['clips'],report['shards'],report['refused'])==(18,4,[])
     return out
+
+
+@pytest.fixture(scope='module')
+def flat(tmp_path_factory, good, base):
+    "The same videos as clips of another length and shape"
+    out = tmp_path_factory.mktemp('flat')/'flat'
+    assert prepare(good, out, base, Cutting(6, 7, 16, 32), workers=0)['clips']==24
+    return out
+
+
+def process(rank=0, world=1):
+    "What of accelerate's accelerator is looked at"
+    return SimpleNamespace(process_index=rank, num_processes=world, device=torch.device('cpu'))
 
 
 def only(folder):
@@ -290,10 +304,9 @@ def test_half_the_bits(good, tmp_path, monkeypatch):
 
 def test_read_ahead(shards, base):
     "The order is a function of seed, epoch and process; two processes that read ahead change nothing"
-    from sfv_lite.pipelines import load_pipeline
-    pipe,alone = load_pipeline(base),SimpleNamespace(process_index=0, num_processes=1, device=torch.device('cpu'))
+    pipe = load_pipeline(base)
     def names(workers, start):
-        reader = shard_batches(shards)(pipe, recipe(workers=workers), 4, alone, start)
+        reader = shard_batches(shards)(pipe, recipe(workers=workers), 4, process(), start)
         return [reader.clips for _ in zip(range(20), reader)]
     whole = names(0, 0)
     assert names(2, 0)==whole and names(2, 7)[:13]==names(0, 7)[:13]==whole[7:]
@@ -361,3 +374,153 @@ def test_a_shard_of_more_than_two_gigabytes(tmp_path):
     note = json.loads((tmp_path/'shard-00000.json').read_text())
     some = np.array([2099,0,1000,1001])
     assert [o['start'] for o in read_rows(tmp_path/'shard-00000.parquet', note, some)]==some.tolist()
+
+
+# several sizes ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('counts', [(1,1), (5,5), (60,30,10), (997,3), (7,1,1,1)])
+def test_turns(counts):
+    """In every epoch each folder has its number, and at any time its share but for a turn or so;
+    orders differ between epochs and seeds; what came before a micro-batch is found without going there"""
+    turns,p = Turns([*counts], 0),np.array(counts)/sum(counts)
+    which = np.array([*itertools.islice(turns.since(0), 3*turns.epoch)])
+    seen = (which[:,None]==np.arange(len(p))).cumsum(0)
+    assert (seen[turns.epoch-1::turns.epoch]==np.outer([1,2,3], counts)).all()
+    assert (np.abs(seen-p*np.arange(1, 1+len(which))[:,None])<1+(len(p)-2)*p).all()
+    for start in (0, 1, turns.epoch-1, turns.epoch, 2*turns.epoch+1):
+        assert turns.before(start)==np.bincount(which[:start], minlength=len(p)).tolist()
+        assert [*itertools.islice(turns.since(start), 5)]==which[start:start+5].tolist() or start+5>len(which)
+    orders = [Turns([*counts], seed).order(epoch).tolist() for seed in (0,1) for epoch in range(8)]
+    assert turns.epoch<3 or len({str(o) for o in orders})>len(orders)//2
+
+
+def test_turns_do_not_fall_into_step():
+    "Two folders of one size: what happens every fourth time, as R1 does, meets both about as often"
+    which = np.array([*itertools.islice(Turns([50,50], 0).since(0), 4000)])
+    assert all(.4<which[k::4].mean()<.6 for k in range(4))
+
+
+def test_one_of_several_is_as_before(shards, base):
+    "A list of one folder is that folder, in what a run writes down too, and to the bit"
+    pipe,(a,b) = load_pipeline(base),(shard_batches(o) for o in (shards,[shards]))
+    assert (a.source,a.content)==(b.source,b.content)==(str(shards),load_manifest(shards)['content'])
+    r,manifest = recipe(workers=0),load_manifest(shards)
+    held = held_films(manifest, r.held_out)
+    clips = Clips(shards, manifest, lambda film: film not in held)
+    due = [o for epoch in range(3) for part in clips.order(0, epoch, 0, 1, 128) for o in part[:len(clips)//4*4]]
+    due = [f"{o['file']} at {o['start']:.2f} s" for o in clips.read(np.array(due))]
+    one,other = (o(pipe, r, 4, process()) for o in (a,b))
+    for k in range(9):
+        x,y = next(one),next(other)
+        assert torch.equal(x.latents, y.latents) and torch.equal(x.cond.image_latents, y.cond.image_latents)
+        assert one.clips==other.clips==due[4*k:4*k+4]
+
+
+def test_sizes_are_mixed(shards, flat, base):
+    """Every clip that is not held out is seen once an epoch, but for a rest of each folder;
+    a film that one folder holds out is in no batch; several processes take turns in one order; so do readers ahead;
+    a resumed run finds its place"""
+    pipe,make,manifests = load_pipeline(base),shard_batches([shards,flat]),[load_manifest(o) for o in (shards,flat)]
+    def some(n, start=0, rank=0, world=1, batch=2, workers=0):
+        reader = make(pipe, recipe(workers=workers, held_out=.2), batch, process(rank, world), start)
+        return [(o.latents,tuple(reader.clips)) for o,_ in zip(reader, range(n))]
+    held = set.union(*(held_films(o, .2) for o in manifests))
+    left = [sum(n for note in o['shards'].values() for film,n in note['films'] if film not in held) for o in manifests]
+    an_epoch = sum(o//2 for o in left)
+    whole = some(2*an_epoch)
+    for epoch in (whole[:an_epoch], whole[an_epoch:]):
+        clips = [(x.shape[1],name) for x,names in epoch for name in names]
+        assert len(set(clips))==len(clips)==sum(o//2*2 for o in left)
+        assert [sum(t==frames for t,_ in clips) for frames in (8,6)]==[o//2*2 for o in left]
+    assert not held & {name.split(' at ')[0] for _,names in whole for name in names}
+    for start,workers in ((5,0), (an_epoch+3,0), (5,3)):
+        for (x,a),(y,b) in zip(some(8, start, workers=workers), whole[start:], strict=False): assert a==b and x.equal(y)
+    sizes = lambda dealt: [x.shape[1:] for x,_ in dealt]
+    assert sizes(some(20, batch=4))==sizes(some(20, 0, 0, 2))==sizes(some(20, 0, 1, 2))==sizes(some(20, 0, 3, 4, 1))
+
+
+def test_validation_sees_the_first_size(shards, flat, base):
+    "And the same clips as a run on the first folder alone"
+    pipe,r = load_pipeline(base),recipe()
+    held = [shard_batches(o).held(pipe, r, 4).latents for o in (shards, [shards,flat])]
+    assert torch.equal(*held) and held[0].shape[1:]==(8,4,8,8)
+
+
+def test_resumed_on_two_sizes(shards, flat, base, tmp_path, capsys):
+    """By the command line: four steps of two micro-batches, and two and two, come to the same weights;
+    without one of the folders, or in another order, the run is not gone on with"""
+    both,more = [str(shards),str(flat)],sets(**TINY | dict(accumulation=2, steps=4))
+    begin = ['distil','--base',str(base),'--data',*both,*more]
+    assert main([*begin,'-o',str(tmp_path/'whole')])==0
+    assert main([*begin,'-o',str(tmp_path/'cut'),'--set','steps=2'])==0
+    again = ['distil','--base',str(base),'-o',str(tmp_path/'cut'),'--resume',*more]
+    capsys.readouterr()
+    for data in (both[:1], both[::-1]):
+        assert main([*again,'--data',*data])==1
+        assert 'whose clips were others' in (said := capsys.readouterr().err) and both[1] in said
+    assert main([*again,'--data',both[0],'--data',both[1]])==0
+    assert files(tmp_path/'whole/pipeline')==files(tmp_path/'cut/pipeline')
+    assert json.loads((tmp_path/'cut/recipe.json').read_text())['data']==both
+
+
+@pytest.mark.slow
+def test_other_verbs_take_two_sizes(shards, flat, base, tmp_path):
+    "A run on two folders is made again from its recipe.json; a teacher is trained on them, and so are rivals"
+    begin = ['--base',str(base),'--data',str(shards),str(flat),*sets(**TINY | dict(steps=2, teacher_steps=2))]
+    assert main(['distil',*begin,'-o',str(tmp_path/'run')])==0
+    assert main(['reproduce',str(tmp_path/'run'),'-o',str(tmp_path/'again')])==0
+    assert main(['pretrain',*begin,'-o',str(tmp_path/'teacher')])==0
+    for method in ('ladd','consistency'):
+        assert main(['distil','--method',method,*begin,'-o',str(tmp_path/method)])==0
+
+
+def test_another_folder_under_the_same_path(shards, flat, good, base, tmp_path):
+    "The second folder is made anew with other noise: another run"
+    two = shutil.copytree(flat, tmp_path/'two')
+    distil(recipe(), tmp_path/'run', base, shard_batches([shards,two]))
+    shutil.rmtree(two)
+    prepare(good, two, base, Cutting(6, 7, 16, 32), seed=1, workers=0)
+    with pytest.raises(ValueError, match='whose clips were others'):
+        distil(recipe(steps=8), tmp_path/'run', base, shard_batches([shards,two]), resume=True)
+
+
+@pytest.mark.parametrize('wrong', ['twice','copy','order','few','base','none'])
+def test_folders_that_do_not_fit(wrong, shards, flat, good, base, tmp_path, capsys):
+    "One line names the folder and the cure before any training; nothing is written"
+    second,more = flat,{}
+    if wrong=='twice': second,cause = shards,[f'{shards}: holds the same shards as','name every folder once']
+    if wrong=='copy':
+        second = shutil.copytree(shards, tmp_path/'copy')
+        cause = [f'{second}: holds the same shards as {shards}','name every folder once']
+    if wrong=='order': shards,second,cause = flat,shards,[f'{flat}: its clips have','name a folder of that size first']
+    if wrong=='few':
+        second,more = tmp_path/'few',dict(batch=12)
+        prepare(good/'loop.gif', second, base, Cutting(6, 7, 16, 32), workers=0)
+        cause = [f'{second}: a process has 4 clips','prepare more']
+    if wrong=='base':
+        second = tmp_path/'other'
+        prepare(good, second, 'digits-teacher', Cutting(6, 7, 16, 32), workers=0)
+        cause = [f"{second}: was made with another base pipeline's VAE",'prepare it with --base of this one']
+    if wrong=='none': second,cause = tmp_path,[f'{tmp_path}: holds no shards','sfv-lite prepare makes them']
+    capsys.readouterr()
+    argv = ['distil','-o',str(tmp_path/'run'),'--base',str(base),'--data',str(shards),str(second)]
+    assert main([*argv, *sets(**TINY | more)])==1
+    said = capsys.readouterr().err
+    assert all(o in said for o in cause) and len(said.splitlines())==1, said
+    assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_on_two_sizes(shards, flat, base, tmp_path):
+    "From the command line, under a launcher, to the end; and what is resumed there is the same"
+    (tmp_path/'two.py').write_text('import sys; from sfv_lite.cli import main; sys.exit(main())')
+    launch = '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, tmp_path/'two.py'
+    def run(out, *more, **keys):
+        argv = 'distil','--base',base,'--data',shards,flat,'-o',tmp_path/out,*sets(**TINY | keys),*more
+        done = python(*launch, *argv)
+        assert done.returncode==0, done.stderr[-3000:]
+    run('whole')
+    run('cut', steps=3)
+    run('cut', '--resume')
+    assert json.loads((tmp_path/'cut/recipe.json').read_text())['processes']==2
+    assert files(tmp_path/'whole/pipeline')==files(tmp_path/'cut/pipeline')
