@@ -1,7 +1,7 @@
 "More than one process, in float64: two of them, each with half of every batch, are one with all of it; queues"
 import os, signal, subprocess, time
 import pytest, torch
-from conftest import ROOT, TINY, files, python
+from conftest import ROOT, TINY, files, python, sets
 from safetensors.torch import load_file
 from sfv_lite.export import export
 from sfv_lite.pipelines import load_pipeline, save_pipeline
@@ -139,3 +139,15 @@ def test_told_to_stop_by_a_queue(tmp_path):
     p.wait(20)
     assert said.read_text().split('\n')[:3]==['--signal=TERM 7.0','saved','requeue 7']
     assert 'RANK=$SLURM_PROCID' in (line := (tmp_path/'line').read_text()) and 'distil --resume' in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['one_gpu','eight_gpus'])
+def test_configurations_start_a_run(name, tmp_path):
+    "The files in launch/, by accelerate's own command, on this CPU and in one process"
+    config,out = ROOT/'nbs/tutorials/launch'/f'{name}.yaml',tmp_path/'run'
+    launch = 'accelerate.commands.launch', '--config_file', config, '--cpu', '--num_processes', 1
+    base = save_pipeline(digits_pipeline(4), tmp_path/'base')
+    keys = TINY | dict(steps=2, clips=4, batch=2, precision='bf16') # as the file says
+    done = python('-m', *launch, '-m', 'sfv_lite', 'distil', '--base', base, '-o', out, *sets(**keys))
+    assert done.returncode==0 and (out/'pipeline'/'model_index.json').exists(), done.stderr[-2000:]
