@@ -5,6 +5,7 @@ from conftest import ROOT, TINY, files, python, sets
 from safetensors.torch import load_file
 from sfv_lite.export import export
 from sfv_lite.pipelines import load_pipeline, save_pipeline
+from sfv_lite.recipe import Recipe, RecipeError
 from sfv_lite.svd import digits_pipeline
 
 # every process draws noise for the whole batch and takes its own clips, so that one and two of them see the same
@@ -151,3 +152,8 @@ def test_configurations_start_a_run(name, tmp_path):
     keys = TINY | dict(steps=2, clips=4, batch=2, precision='bf16') # as the file says
     done = python('-m', *launch, '-m', 'sfv_lite', 'distil', '--base', base, '-o', out, *sets(**keys))
     assert done.returncode==0 and (out/'pipeline'/'model_index.json').exists(), done.stderr[-2000:]
+
+
+def test_parts_and_additions():
+    "LoRA's frozen UNet is no matter for FSDP: asked for both, a recipe says which to leave"
+    with pytest.raises(RecipeError, match='set fsdp = false, or'): Recipe.load('svd', fsdp=True, lora_rank=4)
