@@ -127,7 +127,8 @@ def _video(frames:np.ndarray, # uint8 `(t h w 3)`
     from fractions import Fraction
     t,h,w,_ = frames.shape
     with av.open(str(path), 'w') as out:
-        stream = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=dict(crf='12'))
+        options = dict(crf='12') | (dict(mbtree='0') if codec=='libx264' else {}) # with it, no two files are alike
+        stream = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.width,stream.height,stream.pix_fmt = w-w%2,h-h%2,'yuv420p'
         for o in frames[:,:h-h%2,:w-w%2]:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(o), format='rgb24')
