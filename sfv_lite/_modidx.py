@@ -159,6 +159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sfv_lite.films_exam': { 'sfv_lite.films_exam.enough': ('films_exam.html#enough', 'sfv_lite/films_exam.py'),
                                      'sfv_lite.films_exam.exam': ('films_exam.html#exam', 'sfv_lite/films_exam.py'),
                                      'sfv_lite.films_exam.figures': ('films_exam.html#figures', 'sfv_lite/films_exam.py'),
+                                     'sfv_lite.films_exam.held_by': ('films_exam.html#held_by', 'sfv_lite/films_exam.py'),
                                      'sfv_lite.films_exam.real_clips': ('films_exam.html#real_clips', 'sfv_lite/films_exam.py'),
                                      'sfv_lite.films_exam.sit': ('films_exam.html#sit', 'sfv_lite/films_exam.py')},
             'sfv_lite.fit': { 'sfv_lite.fit._lora_layers': ('fit.html#_lora_layers', 'sfv_lite/fit.py'),

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from accelerate.state import AcceleratorState, PartialState
 from .export import base_of
-from .files import read_rows, table
+from .files import progress_bar, read_rows, table
 from .runs import asked_of, make_accelerator, recipe_of
 from .measure import count_flops
 from .pipelines import pipeline_folder
@@ -234,7 +234,8 @@ def plan(
     precision = 'bf16' if recipe.precision=='auto' else recipe.precision
     recipe = dataclasses.replace(recipe, precision=precision, tracker='none')
     with FakeTensorMode(): vae = bytes_of(networks(**sizes)['vae'].parameters())
-    memory = {again:memory_of(dataclasses.replace(recipe, checkpointing=again), sizes, gpus) for again in (False,True)}
+    both = progress_bar((False,True), 'count', leave=False) # a minute each, and another for what follows
+    memory = {again:memory_of(dataclasses.replace(recipe, checkpointing=again), sizes, gpus) for again in both}
     need = memory[recipe.checkpointing]['peak'] + vae + CONTEXT
     flops,steps,clip = flops_of(recipe, sizes),recipe.steps+recipe.head_start,shard_bytes(recipe, sizes)
     rate = tflops*1e12*utilisation # operations a second of one card

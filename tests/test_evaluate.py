@@ -1,7 +1,7 @@
 "The ruler: whole evaluations, faults, the rivals' runs"
 import csv, importlib.util, json, math, sys
 import pytest, torch
-from conftest import ROOT, files, recipe
+from conftest import ROOT, begin, files, recipe
 from sfv_lite import baselines, evaluate as ev, judge
 from sfv_lite.cli import main
 from sfv_lite.files import load_clip, load_image, save_clip
@@ -254,3 +254,16 @@ def test_protocol_of_table_1_with_stand_ins(ucf, tmp_path):
     ucf('small', '--small', '--clips', '2', '--frames', '10')
     rows = json.loads((tmp_path/'small/table.json').read_text())
     assert [(o['clips'],o['evaluations']) for o in rows]==[(2,1),(2,8)]
+
+
+def test_held_out_as_the_runs_did(tmp_path):
+    "An exam on shards takes the films that the runs held out; runs that held out others each are not compared on them"
+    from sfv_lite.evaluate import Way
+    from sfv_lite.films_exam import held_by
+    ways = []
+    for name,share in dict(a=.2, b=.2, c=.3).items():
+        (tmp_path/name).mkdir()
+        begin(tmp_path/name, 'distil', recipe(held_out=share))
+        ways.append(Way(str(tmp_path/name)))
+    assert held_by([Way('digits')])==.01 and held_by([*ways[:2], Way('digits')])==.2
+    with pytest.raises(ValueError, match='held_out = 0.2 and 0.3'): held_by(ways)
