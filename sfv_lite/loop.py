@@ -184,8 +184,7 @@ def loop(
             bar.update()
             if show and shows(c.step): look(checkpoint, log, signs, spent('look_s', show))
             if validate and (c.step%r.validate_every==0 or c.step==total):
-                figures = spent('look_s', validate)
-                log.note(figures)
+                log.note(figures := spent('look_s', validate))
                 keep_average(checkpoint, figures)
             if 'look_s' in spent.seconds: log.note(dict(look_s=spent.seconds.pop('look_s')))
             if c.step%r.log_every==0: signs.line(c.step, log.write(c.step, c.seconds))

