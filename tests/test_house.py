@@ -99,7 +99,8 @@ SOLVED = [o for o in NUMBERED if o.name<'10']
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('notebook', SOLVED, ids=lambda o: o.stem)
+@pytest.mark.parametrize('notebook', [
+    pytest.param(o, id=o.stem, marks=[pytest.mark.huge]*(o.name>'04')) for o in SOLVED]) # those of a minute and more
 def test_solutions_run(notebook, tmp_path):
     "Each chapter of the idea has exercises; the code in their folded solutions runs after the chapter's own"
     nb = nbformat.read(notebook, 4)

@@ -8,9 +8,9 @@ from conftest import ROOT, files, python
 FOUND = [o.relative_to(ROOT) for o in (ROOT/'nbs').rglob('*.ipynb')]
 NOTEBOOKS = sorted(str(o) for o in FOUND if not any(p[0] in '._' for p in o.parts))
 HUGE = {f'nbs/{o}.ipynb' for o in ( # more than a minute, of what other tests run too
-    '20_measure','21_plan','22_judge','tutorials/full_svd','tutorials/own_videos')}
+    '16e_validation','20_measure','21_plan','22_judge','tutorials/full_svd','tutorials/own_videos')}
 SLOW = HUGE | {f'nbs/{o}.ipynb' for o in ( # half a minute and more
-    '14a_shards','16e_validation','17_train','18b_reproduce','23_evaluate','24_baselines','31_widgets',
+    '14a_shards','17_train','18b_reproduce','23_evaluate','24_baselines','31_widgets',
     'tutorials/words','tutorials/family')}
 RUN = [o for o in NOTEBOOKS if not re.match(r'nbs/0[2-6]_', o)] # those run with their solutions: test_house.py
 NBDEV = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['nbdev']

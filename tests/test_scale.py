@@ -53,7 +53,8 @@ SCRIPT = '''if 1:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['whole','parts','parts, recomputed','lora'])
+@pytest.mark.parametrize('way', ['whole', 'parts', pytest.param('parts, recomputed', marks=pytest.mark.huge),
+    pytest.param('lora', marks=pytest.mark.huge)])
 def test_two_processes_are_one(way, tmp_path):
     """Twenty steps with R1, a head start, accumulation and SM3; eight with a generator in parts (FSDP 2); six of AdamW
     so, clipped, where blocks are computed twice and the CPU keeps the average; six with LoRA, blocks computed twice:

@@ -352,3 +352,16 @@ def test_eight_bits(base, tmp_path):
     train.distil(dataclasses.replace(r, steps=2), tmp_path/'part', base=base)
     part = train.distil(r, tmp_path/'part', base=base, resume=True)
     assert files(whole/'unet')==files(part/'unet')
+
+
+def test_a_tracker_goes_on_with_its_run(base, tmp_path, monkeypatch):
+    "Both sittings of a run ask a tracker for the same run there; another run for another"
+    from accelerate import Accelerator
+    asked = []
+    monkeypatch.setattr(Accelerator, 'init_trackers', lambda self, name, config, init_kwargs: asked.append(init_kwargs))
+    r = recipe(steps=1, tracker='tensorboard')
+    train.distil(r, tmp_path/'run', base=base)
+    train.distil(dataclasses.replace(r, steps=2), tmp_path/'run', base=base, resume=True)
+    train.distil(r, tmp_path/'other', base=base)
+    first,second,other = (o['wandb'] for o in asked)
+    assert first==second!=other and first['id'] and first['resume']=='allow'
