@@ -29,12 +29,12 @@ def real_clips(
     n:int,           # at most so many
     fps:float=7,     # frames a second
     size:tuple[int,int]|None=None, # height and width; None: the pipeline's own
-    held_out:float=.01 # of shards, as in the recipe
+    ways:list[Way]=() # who will be asked; of shards, films are taken that they held out
 )->Tensor:           # `(n t 3 h w)` in [-1, 1]; raises `ValueError` where there are none
     "Clips that models are examined on"
     if (Path(source)/'manifest.json').is_file():
         manifest = load_manifest(source)
-        held = held_films(manifest, held_out)
+        held = held_films(manifest, held_by(ways))
         if not held: raise ValueError(f"{source}: holds one film only, which runs train on; name other films")
         if manifest['base']!=encoder_of(pipe): raise ValueError(f"{source}: was made with another VAE or image tower")
         pipe.vae.to('cuda' if torch.cuda.is_available() else 'cpu')
@@ -55,7 +55,7 @@ def held_by(
     ways:list[Way]
 )->float: # raises `ValueError` where they do not agree
     "Share of the clips of shards that those of them which are runs held out; others do not say, and pass for .01"
-    shares = {asked['held_out'] for o in ways if (asked := asked_of(Path(o.model)))}
+    shares = {asked['held_out'] for o in ways if (asked := asked_of(Path(o.model))).get('data')}
     if len(shares)>1:
         said = ' and '.join(f'{o:g}' for o in sorted(shares))
         raise ValueError(f"these runs held out other films each (held_out = {said}); name films that none has seen")
@@ -111,7 +111,7 @@ def exam(
     i3d:str|Path|None=None # weights of I3D, for FVD at 14 frames of 320×240 or as many as there are
 )->list[dict]:        # a row a way
     "Let every way go on from the same first frames of real films"
-    out,clips = Path(out),real_clips(source, load_pipeline(ways[0].model), n, fps, size, held_by(ways))
+    out,clips = Path(out),real_clips(source, load_pipeline(ways[0].model), n, fps, size, ways)
     for o in ways: check_frames(o, clips.shape[1], f"{ways[0].model} makes {clips.shape[1]}; one exam has one length")
     what = hashlib.sha256(clips.numpy().tobytes()).hexdigest()[:8]
     rows,walls,real = [],{'real':clips[:8:2]},out/f'real-{what}'

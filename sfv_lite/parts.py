@@ -113,7 +113,8 @@ def keep_parts(
         found[:] = [mine(folder)]
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-    if rank: stepper.load_state_dict = lambda _: opt.load_state_dict(torch.load(found[0], weights_only=True))
+    def mine_instead(_): opt.load_state_dict(torch.load(found[0], map_location='cpu', weights_only=True))
+    if rank: stepper.load_state_dict = mine_instead
 
 def put_together(
     pipe # a pipeline; its UNet may be shared out

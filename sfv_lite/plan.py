@@ -7,7 +7,7 @@ __all__ = ['GPUS', 'CONTEXT', 'Memory', 'pretending', 'bytes_of', 'random_batch'
            'standing', 'flops_of', 'network_sizes', 'shard_bytes', 'looks_of', 'plan', 'verdict', 'achieved', 'said_of']
 
 # %% ../nbs/21_plan.ipynb #b3983cc9
-import contextlib, dataclasses, json, statistics, weakref
+import contextlib, dataclasses, json, math, statistics, weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,8 +278,11 @@ def achieved(
     run = Path(run)
     asked = asked_of(run)
     if asked.get('verb')!='distil': raise ValueError(f"{run}: is no run of distil; name one that has a log.csv")
-    rates = [float(o['clips_s']) for o in read_rows(run/'log.csv') if o.get('clips_s')][-20:]
-    if not rates: raise ValueError(f"{run}/log.csv: has no clips_s yet; let the run go on for a few steps")
+    rates = [float(o['clips_s']) for o in read_rows(run/'log.csv') if o.get('adv') and o.get('clips_s')][-20:]
+    if not rates: raise ValueError(f"{run}/log.csv: has no clips_s of steps that both networks take; a head start, of "
+        "the judges alone, does not tell. Let the run go on, or begin a short one with --set head_start=0")
+    if not all(map(math.isfinite, rates)): raise ValueError(f"{run}/log.csv: has a clips_s that is no number")
+    if not asked.get('made_with'): raise ValueError(f"{run}/recipe.json: does not say what the run was made with")
     recipe,made = recipe_of(asked),asked['made_with'][-1]
     precision = 'bf16' if recipe.precision=='auto' else recipe.precision
     recipe = dataclasses.replace(recipe, precision=precision, tracker='none')

@@ -259,11 +259,15 @@ def test_protocol_of_table_1_with_stand_ins(ucf, tmp_path):
 def test_held_out_as_the_runs_did(tmp_path):
     "An exam on shards takes the films that the runs held out; runs that held out others each are not compared on them"
     from sfv_lite.evaluate import Way
-    from sfv_lite.films_exam import held_by
+    from sfv_lite.films_exam import held_by, real_clips
     ways = []
     for name,share in dict(a=.2, b=.2, c=.3).items():
         (tmp_path/name).mkdir()
         begin(tmp_path/name, 'distil', recipe(held_out=share))
+        file = tmp_path/name/'recipe.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(data='shards')))
         ways.append(Way(str(tmp_path/name)))
     assert held_by([Way('digits')])==.01 and held_by([*ways[:2], Way('digits')])==.2
     with pytest.raises(ValueError, match='held_out = 0.2 and 0.3'): held_by(ways)
+    with pytest.raises(FileNotFoundError, match='nofilms'): # of films it is not asked
+        real_clips(tmp_path/'nofilms', load_pipeline('digits'), 4, ways=ways)
