@@ -20,7 +20,7 @@ from .loop import Log, deliver, loop
 from .runs import claim, make_accelerator, micro_batch
 from .objective import pseudo_huber
 from .pipelines import load_pipeline
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .sampling import sample_consistency
 from .parts import way_to_prepare
 from .sfv import averaged, learning, make_optimizer, random_state, rate
@@ -114,6 +114,9 @@ def consistency(
     """Consistency distillation with an averaged target, as AnimateLCM does; steps, batch, rates and average as the
     recipe says for G"""
     acc,r,data = make_accelerator(recipe, out),recipe,data or digit_batches
+    if r.ema_on_cpu:
+        raise RecipeError(f"recipe [{r.name}] ema_on_cpu: the average is asked in every micro-batch here; "
+            "set it to false")
     with claim(f'consistency, {rungs} rungs, guidance {guidance:g}', out, r, acc, base, data, resume) as run:
         pipe = load_pipeline(base).to(acc.device)
         teacher = Denoiser(copy.deepcopy(pipe.unet)).eval().requires_grad_(False)
@@ -121,7 +124,6 @@ def consistency(
         if r.lora_rank: learn_little(pipe.unet, r.lora_rank, acc)
         student,ladder = Denoiser(pipe.unet).train(),karras_sigmas(rungs)
         student,opt,ema = way_to_prepare(r, acc)(acc, student, lambda o: make_optimizer(o, r, r.lr_g), r.ema)
-        if r.ema_on_cpu: ema.to('cpu')
         def target(*args):
             with averaged(ema, student): return student(*args)
         checkpoint,n = load(Checkpoint(run, ema, learning(student), r.lora_rank>0)),micro_batch(r, acc)

@@ -247,6 +247,8 @@ def last_average(
     "The average of the newest whole state; the one that is there, before the first"
     folder,error = newest(checkpoint)
     if error: raise ValueError(error)
-    return _numbered(folder/'ema.safetensors') if folder else checkpoint.ema.shadow_params
+    found,n = _numbered(folder/'ema.safetensors') if folder else checkpoint.ema.shadow_params,len(checkpoint.params)
+    if len(found)!=n: raise ValueError(f"{folder}: its average has {len(found)} tensors, not {n}: of another version")
+    return found
 
 def _numbered(file:Path)->list[torch.Tensor]: return [v for _,v in sorted(load_file(file).items())]

@@ -170,7 +170,7 @@ def _plan(all_verbs)->None:
     v.base("pipeline whose sizes are meant", None, "Stable Video Diffusion as published")
     v.option('--gpu', str, 'a100-80', "rtx-4090, a100-40, rtx-a6000, l40s, a100-80, h100-80 or h200")
     v.option('--gpus', within(int,1), 8, "how many")
-    v.option('--utilisation', within(float,.01,1), .09, "share of the cards' peak that a run gets", "0.09, an H200's")
+    v.option('--utilisation', within(float,.01,1), None, "share of the cards' peak that a run gets", "0.09, an H200's")
     v.option('--like', Path, None, "take that share from a run's log, which may be short; it tells what the run gets",
         "none", metavar='RUN')
     v.option('--clips', within(int,1), 1_000_000, "prepared clips, for the size of their shards and the time to encode")

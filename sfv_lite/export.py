@@ -49,9 +49,10 @@ def student_of(
     if asked['verb']!='distil':
         raise ValueError(f"{run}: a run of {asked['verb']}; its last average is exported, once it is finished")
     recipe = recipe_of(asked)
-    accelerator = make_accelerator(dataclasses.replace(recipe, tracker='none'))
+    idle = dataclasses.replace(recipe, tracker='none', optimizer='adamw') # nothing that may not be installed here
+    accelerator = make_accelerator(idle)
     pipe,eye = with_start(load_pipeline(base_of(run, asked)), base_of(run, asked, 'init'))
-    state = make_state(pipe, recipe, accelerator, eye)
+    state = make_state(pipe, idle, accelerator, eye)
     if at=='last': state.ema.shadow_params = last_average(Checkpoint(Run(run, asked, recipe, accelerator), state.ema))
     else: state.ema.shadow_params = average_at(run, at)
     state.ema.copy_to(learning(state.G))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from .sfv import learning, local, prepared
 
@@ -34,13 +34,14 @@ def share_out(
 def whole(
     tensors:list[Tensor], # parts that the processes hold, one a parameter
     params:list           # the parameters they are like
-)->list[Tensor]:          # on the CPU where they were parts
-    "Parts put together, in every process; all of them must ask"
+)->list[Tensor]:          # parts come back on the CPU, and empty in all processes but the first
+    "Parts put together, for the first process; all of them must ask"
     def joined(o, p):
         if not hasattr(p, 'to_local'): return o
         from torch.distributed.tensor import DTensor
         there = dict(shape=p.shape, stride=p.stride())
-        return DTensor.from_local(o.to(p.device), p.device_mesh, p.placements, **there).full_tensor().cpu()
+        full = DTensor.from_local(o.to(p.device), p.device_mesh, p.placements, **there).full_tensor()
+        return full.new_empty(0, device='cpu') if dist.get_rank() else full.cpu()
     return [joined(o, p) for o,p in zip(tensors, params, strict=True)]
 
 def share_of(
@@ -89,8 +90,13 @@ def in_parts(accelerator:Accelerator, network:nn.Module, optimizer, decay:float)
     return network,stepper,ema
 
 def way_to_prepare(recipe, accelerator:Accelerator):
-    "Whole in every process, or in parts"
-    return in_parts if recipe.fsdp and accelerator.num_processes>1 else prepared
+    "Whole in every process, or in parts; the average beside it, or on the CPU"
+    way = in_parts if recipe.fsdp and accelerator.num_processes>1 else prepared
+    def prepare(*args):
+        network,opt,ema = way(*args)
+        if recipe.ema_on_cpu: ema.to('cpu')
+        return network,opt,ema
+    return prepare
 
 # %% ../nbs/15b_parts.ipynb #b525b9c0
 def keep_parts(
@@ -107,9 +113,9 @@ def keep_parts(
         if rank: torch.save(opt.state_dict(), mine(folder))
     def load(models, folder):
         at = models.index(network)
-        state = load_file(Path(folder)/f'model{f"_{at}" if at else ""}.safetensors')
         models.pop(at) # done here
-        for k,p in network.state_dict().items(): p.to_local().copy_(share_of(state[k], p))
+        with safe_open(Path(folder)/f'model{f"_{at}" if at else ""}.safetensors', 'pt') as state:
+            for k,p in network.state_dict().items(): p.to_local().copy_(share_of(state.get_tensor(k), p))
         found[:] = [mine(folder)]
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -119,9 +125,11 @@ def keep_parts(
 def put_together(
     pipe # a pipeline; its UNet may be shared out
 )->None:
-    "Give a pipeline a whole UNet of its own; all processes must ask"
+    "Give the first process's pipeline a whole UNet of its own; all processes must ask"
     state = pipe.unet.state_dict()
     if not any(hasattr(o, 'to_local') for o in state.values()): return
+    found = dict(zip(state, whole([o.to_local() for o in state.values()], state.values())))
+    if dist.get_rank(): return
     unet = type(pipe.unet).from_config(pipe.unet.config)
-    unet.load_state_dict(dict(zip(state, whole([o.to_local() for o in state.values()], state.values()))))
+    unet.load_state_dict(found)
     pipe.register_modules(unet=unet.to(pipe.unet.dtype))

@@ -111,7 +111,7 @@ def recipe_of(asked:dict)->Recipe:
 
 # %% ../nbs/16a_runs.ipynb #d9636c4e
 FREE = ('workers','log_every','save_every','sample_every','save_minutes','sample_minutes','validate_every',
-    'validate_clips','keep','keep_every','bad_steps','tracker')
+    'validate_clips','keep','keep_every','bad_steps','tracker','ema_on_cpu')
 
 def touched(
     recipe:Recipe

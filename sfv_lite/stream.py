@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'load_manifest', 'whole', 'damaged', 'read_rows', 'from_rows', 'names_of', 'held_films', 'Clips', 'Windows',
-           'load_manifests', 'Turns', 'Dealt', 'shard_batches', 'spread', 'check_shards', 'contact']
+           'load_manifests', 'Turns', 'Dealt', 'for_training', 'shard_batches', 'spread', 'check_shards', 'contact']
 
 # %% ../nbs/14b_stream.ipynb #8835f1fb
 import hashlib, itertools, json, math, signal
@@ -138,6 +138,8 @@ class Clips:
     )->int:        # raises `ValueError` where there are too few clips for one
         "Micro-batches that every process is dealt in an epoch"
         share = len(self)//world
+        if not len(self): raise ValueError(f"{self.folder}: all its films are held out, from this folder or another; "
+            "prepare more films")
         if share<batch:
             raise ValueError(f"{self.folder}: a process has {share} clips to train on, fewer than its micro-batch of "
                 f"{batch}; prepare more, or make the batch smaller")
@@ -257,6 +259,16 @@ class Dealt:
         batch,self.clips = next(self.pairs)
         return batch
 
+def for_training(
+    folder:str,
+    held:dict[str,set[str]] # by folder, films that are held out
+):                          # `takes(film)`, as for `Clips`
+    "No film that is held out here, or elsewhere under this name, with more or fewer folders before it"
+    tails = lambda film: {film.split('/', k)[k] for k in range(film.count('/')+1)}
+    others = set().union(*(v for k,v in held.items() if k!=folder))
+    out = held[folder].union(*map(tails, others))
+    return lambda film: film not in out and not tails(film) & others
+
 def shard_batches(
     folders         # made by `prepare`: one, or a list, each of clips of a size of its own, the recipe's first
 ):                  # a function like `digit_batches`, for `data=` of `pretrain` and `distil`
@@ -265,8 +277,8 @@ def shard_batches(
     first = next(iter(manifests))
     def batches(pipe, recipe, batch:int, accelerator, start:int=0):
         check_shards(manifests, pipe, recipe)
-        held = set.union(*(held_films(o, recipe.held_out) for o in manifests.values()))
-        mine = [Clips(folder, o, lambda film: film not in held) for folder,o in manifests.items()]
+        held = {folder:held_films(o, recipe.held_out) for folder,o in manifests.items()}
+        mine = [Clips(folder, o, for_training(folder, held)) for folder,o in manifests.items()]
         rank,world,device = accelerator.process_index,accelerator.num_processes,accelerator.device
         turns = Turns([o.per_epoch(batch, world) for o in mine], recipe.seed)
         parts = zip(mine, manifests.values(), turns.before(start))

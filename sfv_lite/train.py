@@ -27,7 +27,7 @@ from .sampling import sample_euler, sample_once
 from .parts import way_to_prepare
 from .sfv import State, averaged, clipped, distil_step, fetched, follow, learning, random_state, rate, set_rate
 from .svd import Batch, Condition, Denoiser, digits_pipeline, encode
-from .validation import Validation, beside, fixed_noise, held_clips, in_parts, judged
+from .validation import Validation, beside, fixed_noise, held_clips, by_clips, judged
 from .video import moving_digits
 
 # %% ../nbs/17_train.ipynb #b945c2af
@@ -153,7 +153,6 @@ def pretrain(
         teacher = Denoiser(first_unet(pipe, r, acc, init)).train()
         adam = lambda params: torch.optim.AdamW(params, lr=r.teacher_lr, weight_decay=0.)
         teacher,opt,ema = way_to_prepare(r, acc)(acc, teacher, adam, r.teacher_ema)
-        if r.ema_on_cpu: ema.to('cpu')
         checkpoint = load(Checkpoint(run, ema, learning(teacher), r.lora_rank>0))
         n,levels = micro_batch(r, acc, 'teacher_batch'),LogNormal(r.teacher_P_mean, r.teacher_P_std)
         batches,held = data(pipe, r, n, acc, checkpoint.micro),held_clips(data, pipe, r, acc, r.validate_clips, n)
@@ -163,7 +162,7 @@ def pretrain(
         def show():
             some,sigmas = held[:8],karras_sigmas(25).flip(0)
             def ask(batch, noise): return sample_euler(teacher, batch.cond, noise, sigmas)
-            with averaged(ema, teacher): return beside(pipe, some, in_parts(ask, some, fixed_noise(some)))
+            with averaged(ema, teacher): return beside(pipe, some, by_clips(ask, some, fixed_noise(some)))
         def validate():
             parts = [held[k:k+n] for k in range(0, len(held), n)]
             with averaged(ema, teacher), torch.no_grad():
@@ -199,9 +198,7 @@ def make_state(
         for o in (pipe.unet, *([eye] if eye else [])): checkpoint_blocks(o)
     if recipe.lora_rank: learn_little(pipe.unet, recipe.lora_rank, accelerator)
     plain = without_lora if recipe.lora_rank and not eye else None # one UNet is both
-    state = State.create(pipe, recipe, accelerator, plain, eye, way_to_prepare(recipe, accelerator))
-    if recipe.ema_on_cpu: state.ema.to('cpu')
-    return state
+    return State.create(pipe, recipe, accelerator, plain, eye, way_to_prepare(recipe, accelerator))
 
 def with_start(pipe, init):
     "The pipeline with another one's UNet, and its own as the eye"
@@ -239,7 +236,7 @@ def distil(
             return figures and figures | {k:o.param_groups[0]['lr'] for k,o in rates.items()}
         def ask(batch, noise):
             with averaged(s.ema, s.G): return sample_once(s.G, batch.cond, noise)
-        def show(): return beside(pipe, held[:8], in_parts(ask, held[:8], fixed_noise(held[:8])))
+        def show(): return beside(pipe, held[:8], by_clips(ask, held[:8], fixed_noise(held[:8])))
         loop(step, batches, r.head_start+r.steps, checkpoint, Log(run), show, validation(pipe, s, held, ask))
         return deliver(checkpoint, pipe, s.G)
 
@@ -249,5 +246,5 @@ def validation(pipe, state:State, held:Batch, ask):
     def validate()->dict[str,float]:
         if not known: known.append(Validation(pipe, state.accelerator, held))
         some = held[:16]
-        return known[0](ask) | judged(state, some, in_parts(ask, some, fixed_noise(some)))
+        return known[0](ask) | judged(state, some, by_clips(ask, some, fixed_noise(some)))
     return validate

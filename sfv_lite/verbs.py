@@ -253,8 +253,10 @@ def plan(args):
     "Memory, operations and days of a run"
     recipe = load_recipe(args)
     from sfv_lite.plan import achieved, plan, said_of, verdict
+    if args.like and args.utilisation:
+        raise ValueError("plan: --like and --utilisation both say what share of the peak a run gets; leave one out")
     like = achieved(args.like) if args.like else {}
-    share = like.get('share') or args.utilisation
+    share = like.get('share') or args.utilisation or .09 # an H200's
     p = plan(recipe, args.gpu, args.gpus, args.base, share, args.clips, args.price)
     _write_json(args.out, p | dict(like=like))
     if like: print(said_of(like), end='\n\n')

@@ -101,7 +101,7 @@ def main():
         if not a.no_sampling: found['sampling'] = sampling(fresh_pipeline(small, gpu), recipe, sizes, gpu)
         found['planned'] = plan.result()
     found['training']['tflop_a_second'] = found['planned']['tflop']/found['training']['seconds']
-    found |= dict(known_peaks_tflop_a_second={k:v for k,(_,v) in GPUS.items()}, seconds=time.perf_counter()-start)
+    found |= dict(known_peaks_tflop_a_second={k:v for k,(_,v,_) in GPUS.items()}, seconds=time.perf_counter()-start)
     a.out.write_text(json.dumps(found, indent=1)+'\n')
     print(json.dumps(found, indent=1))
 

@@ -227,7 +227,7 @@ def test_protocol_of_table_1(ucf, base, tmp_path, capsys):
     rows = json.loads((tmp_path/'one/table.json').read_text())
     assert [(o['clips'],o['evaluations']) for o in rows]==[(3,1),(3,4)] and all(o['FVD']>0 for o in rows)
     assert f'{base}@2x2' in said and f"{rows[1]['FVD']:.4g}" in said
-    names = ['class 0-0.mp4','class 0-1.mp4','class 1-2.mp4']
+    names = ['class 0--0.mp4','class 0--1.mp4','class 1--2.mp4']
     for folder in ('real', *(f"made/{o['folder']}" for o in rows)):
         assert sorted(o.name for o in (tmp_path/'one'/folder).iterdir())==names
         assert load_clip(tmp_path/'one'/folder/names[0]).shape==(8,3,240,320)

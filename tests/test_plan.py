@@ -137,9 +137,11 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     useful = flops_of(dataclasses.replace(r, checkpointing=False), network_sizes(base))/r.batch
     assert cost[False]==pytest.approx(useful) and cost[True]>1.1*useful
     asked = json.loads((out/'recipe.json').read_text())
-    asked['made_with'][-1] |= dict(device='NVIDIA A100-SXM4-80GB', processes=2)
-    (out/'recipe.json').write_text(json.dumps(asked))
-    there = achieved(out)
+    for name in ('NVIDIA A100-SXM4-80GB MIG 1g.10gb','NVIDIA A100-SXM4-80GB'): # a slice, and the card
+        asked['made_with'][-1] |= dict(device=name, processes=2)
+        (out/'recipe.json').write_text(json.dumps(asked))
+        there = achieved(out)
+        assert 'MIG' not in name or there['gpu'] is there['share'] is None
     assert there['gpu']=='a100-80' and there['share']==pytest.approx(here['operations_s']/(2*312e12))
     planned = {}
     monkeypatch.setattr('sfv_lite.plan.plan', lambda *a: planned.update(utilisation=a[4]) or planned)
@@ -148,6 +150,7 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     assert main(['plan', '--recipe', 'digits', '--like', str(out), '-o', str(tmp_path/'plan.json')])==0
     assert planned['utilisation']==pytest.approx(there['share'])
     assert '2 × NVIDIA A100-SXM4-80GB' in capsys.readouterr().out
+    assert main(['plan', '--like', str(out), '--utilisation', '.2', '-o', str(tmp_path/'p.json')])!=0
     log = (out/'log.csv').read_text()
     alone = [{k:v for k,v in o.items() if k!='adv'} for o in csv.DictReader(log.splitlines())]
     write_rows(out/'log.csv', alone) # as in a head start
@@ -157,10 +160,22 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     with pytest.raises(ValueError, match='no run of distil'): achieved(base)
 
 
+def test_eight_bits_are_counted_anywhere(base, monkeypatch):
+    "The 8-bit AdamW is counted without bitsandbytes: a quarter of AdamW's state and a little"
+    from sfv_lite import runs
+    monkeypatch.setattr(runs, 'find_spec', lambda name: None)
+    r,sizes = recipe(optimizer='adamw'),network_sizes(base)
+    full,less = (memory_of(dataclasses.replace(r, optimizer=o), sizes) for o in ('adamw','adamw8bit'))
+    assert less['state of the optimisers']==pytest.approx(.254*full['state of the optimisers'], rel=.01)
+    assert less['peak']<full['peak'] and len({o['activations, new gradients, temporaries'] for o in (full,less)})==1
+
+
 def test_shared_memory_is_counted(base):
     "Four processes that share G hold a quarter of what stands each, and gathered blocks; an average on the CPU is none"
     r,sizes = recipe(batch=4),network_sizes(base)
     whole,other = memory_of(r, sizes, 4),memory_of(dataclasses.replace(r, fsdp=True, ema_on_cpu=True), sizes, 4)
     assert other['weights of G']==whole['weights of G']//4 and other['average of G']==0<other['blocks gathered']
     assert other['peak']==sum(v for k,v in other.items() if k!='peak')
+    held = 'state of the optimisers' # the judges' is not shared
+    assert 4*other[held] > whole[held]+2*whole['heads']
     assert whole['peak']-other['peak']==sum(whole.get(k,0)-v for k,v in other.items() if k!='peak')

@@ -11,7 +11,7 @@ from sfv_lite.films import Cutting, clips_of
 from sfv_lite.files import locked
 from sfv_lite.shards import prepare
 from sfv_lite.pipelines import load_pipeline
-from sfv_lite.stream import Clips, Turns, held_films, load_manifest, shard_batches
+from sfv_lite.stream import Clips, Turns, for_training, held_films, load_manifest, shard_batches
 from sfv_lite.train import distil
 from sfv_lite.video import moving_digits, to_uint8
 
@@ -437,6 +437,15 @@ def test_sizes_are_mixed(shards, flat, base):
         for (x,a),(y,b) in zip(some(8, start, workers=workers), whole[start:], strict=False): assert a==b and x.equal(y)
     sizes = lambda dealt: [x.shape[1:] for x,_ in dealt]
     assert sizes(some(20, batch=4))==sizes(some(20, 0, 0, 2))==sizes(some(20, 0, 1, 2))==sizes(some(20, 0, 3, 4, 1))
+
+
+def test_held_out_under_any_folder():
+    "What one folder of shards holds out all do, with more or fewer folders before the name, whose end is not enough"
+    held = dict(wide={'tall/a.mp4','b.mp4'}, tall={'c.mp4'})
+    takes = {o:for_training(o, held) for o in held}
+    left = lambda folder, *films: [o for o in films if takes[folder](o)]
+    assert left('tall', 'a.mp4', 'x/a.mp4', 'x/b.mp4', 'xb.mp4', 'c.mp4', 'y/c.mp4')==['x/a.mp4','xb.mp4','y/c.mp4']
+    assert left('wide', 'a.mp4', 'b.mp4', 'x/c.mp4', 'd.mp4')==['a.mp4','d.mp4']
 
 
 def test_validation_sees_the_first_size(shards, flat, base):

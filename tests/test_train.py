@@ -2,13 +2,14 @@
 
 A change that is meant to move the losses: `pytest tests/test_train.py --regold` writes golden.json anew;
 commit it with the change."""
-import csv, dataclasses, json, signal, subprocess, sys, time
+import csv, dataclasses, json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file
 from conftest import TINY, files, python, recipe, sets, sfv
 from sfv_lite import train
+from sfv_lite.checkpoint import sealed
 from sfv_lite.cli import main
 from sfv_lite.edm import add_noise
 from sfv_lite.sfv import descend
@@ -352,6 +353,23 @@ def test_eight_bits(base, tmp_path):
     train.distil(dataclasses.replace(r, steps=2), tmp_path/'part', base=base)
     part = train.distil(r, tmp_path/'part', base=base, resume=True)
     assert files(whole/'unet')==files(part/'unet')
+
+
+def test_eight_bits_are_exported_anywhere(base, tmp_path, monkeypatch):
+    "A stopped run's student is taken where bitsandbytes is not"
+    from sfv_lite import runs
+    from sfv_lite.export import student_of
+    out,file = tmp_path/'run',tmp_path/'run'/'recipe.json'
+    train.distil(recipe(steps=2, optimizer='adamw'), out, base=base)
+    shutil.rmtree(out/'pipeline')
+    student = student_of(out).unet.state_dict()
+    file.write_text(file.read_text().replace('"adamw"', '"adamw8bit"'))
+    for o in (out/'state').glob('*/manifest.json'): # as such a run's state would say
+        said = json.loads(o.read_text().replace('"adamw"', '"adamw8bit"'))
+        said.pop('seal')
+        o.write_text(sealed(said))
+    monkeypatch.setattr(runs, 'find_spec', lambda name: None)
+    for k,v in student_of(out).unet.state_dict().items(): assert torch.equal(v, student[k]), k
 
 
 def test_a_tracker_goes_on_with_its_run(base, tmp_path, monkeypatch):

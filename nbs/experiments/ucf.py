@@ -12,6 +12,7 @@ frames follow each other (7 a second; films shorter than a clip are passed over)
 stretched again, so that nothing is cut off)."""
 import argparse, hashlib, json
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 import torch
 from einops import rearrange
 from torch.nn import functional as F
@@ -74,7 +75,7 @@ def one_protocol(a):
 
 def films(a):
     "Number, name and film, in an order decided by names, so that any number of the first ones are of all classes"
-    name = lambda o: '-'.join(o.path.relative_to(a.films).with_suffix('').parts)
+    name = lambda o: o.path.relative_to(a.films).with_suffix('').as_posix().replace('/', '--')
     by_hash = sorted(find_films(a.films).films, key=lambda o: hashlib.sha256(name(o).encode()).hexdigest())
     k,n = map(int, a.part.split('/'))
     return [(i,name(o),o) for i,o in enumerate(by_hash[:a.clips])][k::n]
@@ -111,8 +112,9 @@ def make(way:Way, folder:Path, a):
 
 def distance(real:Path, made:Path, a)->float:
     "FVD of two folders, by a TorchScript I3D or else by cd-fvd"
-    try: i3d = torch.jit.load(a.i3d, map_location=DEVICE).eval()
-    except RuntimeError: return fvd(real, made, a.i3d, a.frames, HEIGHT, WIDTH)['fvd']
+    script = is_zipfile(a.i3d) and any(o.endswith('constants.pkl') for o in ZipFile(a.i3d).namelist())
+    if not script: return fvd(real, made, a.i3d, a.frames, HEIGHT, WIDTH)['fvd']
+    i3d = torch.jit.load(a.i3d, map_location=DEVICE).eval()
     @torch.no_grad()
     def seen(folder):
         clips = (torch.from_numpy(o).to(DEVICE) for o in read_videos(video_files(folder), a.frames, HEIGHT, WIDTH))
@@ -130,7 +132,9 @@ def main():
         folder = a.out/'made'/fingerprint(way, 0, a.seed)
         make(way, folder, a)
         real,made = ([o.name for o in video_files(o)] for o in (a.out/'real',folder))
-        figure = distance(a.out/'real', folder, a) if a.i3d and real==made and a.part=='0/1' else None
+        if odd := sorted({*real}^{*made}):
+            print(f"{folder} and {a.out/'real'}: {len(odd)} clips are in one only, such as {odd[0]}; no FVD")
+        figure = distance(a.out/'real', folder, a) if a.i3d and not odd and a.part=='0/1' else None
         row = {'clips by':str(way), 'evaluations':way.calls, 'FVD':figure, 'clips':len(made), 'folder':folder.name}
         rows.append(row)
     if a.part=='0/1': write_text(a.out/'table.json', json.dumps(rows, indent=1)+'\n')
