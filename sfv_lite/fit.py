@@ -8,6 +8,7 @@ __all__ = ['LEARNS', 'checkpoint_blocks', 'add_lora', 'without_lora', 'merge_lor
 # %% ../nbs/15_fit.ipynb #ca7b3a21
 import contextlib
 import torch
+from .shortcuts import take_short_cuts
 
 # %% ../nbs/15_fit.ipynb #f5ba3da0
 def checkpoint_blocks(
@@ -36,6 +37,7 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model
     unet.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LEARNS), unet)
+    take_short_cuts(unet) # additions to convolutions are such themselves
 
 def _lora_layers(unet)->dict:
     "Name → layer that carries an addition"

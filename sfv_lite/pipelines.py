@@ -16,6 +16,7 @@ from .edm import karras_sigmas
 from .files import as_rgb, replace_folder
 from .inspection import inspect_folder, not_finite
 from .sampling import sample_euler, sample_once
+from .shortcuts import take_short_cuts
 from .svd import Denoiser, condition, decode, quietly
 with quietly(): from diffusers import StableVideoDiffusionPipeline
 
@@ -95,7 +96,7 @@ def _variant(
 def load_pipeline(
     path:str|Path, # as for `pipeline_folder`
     dtype:torch.dtype=torch.float32 # of UNet and image tower; the VAE's is fp32, or bf16 if this is (fp16: black)
-):                # a stock `StableVideoDiffusionPipeline`
+):                # a `StableVideoDiffusionPipeline` whose layers take short cuts; what it saves is stock
     "Open a pipeline; nothing is downloaded but what `hub:` asks for"
     folder = pipeline_folder(path)
     how = dict(local_files_only=True, variant=_variant(folder), use_safetensors=True)
@@ -108,6 +109,7 @@ def load_pipeline(
         pipe.vae.to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
     check_svd(pipe, folder)
     check_finite(pipe, folder)
+    for o in (pipe.unet,pipe.vae): take_short_cuts(o)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -138,8 +138,8 @@ class Recipe:
     ema:float = number(0, below=1)
     lora_rank:int = number(0)
     # memory: what several processes share, and what the CPU keeps
-    fsdp:bool = field(default=False)
-    ema_on_cpu:bool = field(default=False)
+    fsdp:bool = field()
+    ema_on_cpu:bool = field()
     # the teacher, for whoever has none: EDM training
     teacher_P_mean:float = number()
     teacher_P_std:float = number()

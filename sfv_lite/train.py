@@ -25,6 +25,7 @@ from .recipe import Recipe, RecipeError
 from .runs import claim, make_accelerator, micro_batch
 from .sampling import sample_euler, sample_once
 from .parts import way_to_prepare
+from .shortcuts import take_short_cuts
 from .sfv import State, averaged, clipped, distil_step, fetched, follow, learning, random_state, rate, set_rate
 from .svd import Batch, Condition, Denoiser, digits_pipeline, encode
 from .validation import Validation, beside, fixed_noise, held_clips, by_clips, judged
@@ -178,7 +179,7 @@ def first_unet(pipe, recipe:Recipe, accelerator:Accelerator, init):
     "The UNet that a teacher's training begins with, in the pipeline and where the run is"
     torch.manual_seed(recipe.seed)
     if init: pipe,_ = with_start(pipe, init)
-    else: pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config))
+    else: pipe.register_modules(unet=take_short_cuts(type(pipe.unet).from_config(pipe.unet.config)))
     unet = pipe.unet
     pipe.to(accelerator.device)
     if recipe.checkpointing: checkpoint_blocks(unet)
@@ -194,6 +195,7 @@ def make_state(
 )->State:
     "Generator and discriminator as the recipe wants them: blocks computed again, LoRA, random weights by its seed"
     torch.manual_seed(recipe.seed)
+    for o in (pipe.unet, *([eye] if eye else [])): take_short_cuts(o)
     if recipe.checkpointing:
         for o in (pipe.unet, *([eye] if eye else [])): checkpoint_blocks(o)
     if recipe.lora_rank: learn_little(pipe.unet, recipe.lora_rank, accelerator)

@@ -38,7 +38,8 @@ def test_gradients_are_those_of_two_copies(size):
     D.heads = two.D.heads
     two.D = D
     found,expected = (gradients(o, batch) for o in (shared,two))
-    for a,b in zip(found, expected, strict=True): assert relative(a,b)<1e-9
+    least = 1e-12*max(o.norm() for o in expected) # attention within a single position has no gradient but rounding
+    for a,b in zip(found, expected, strict=True): assert (a-b).norm()<1e-9*b.norm()+least
 
 
 def random_batch(pipe, b=2):

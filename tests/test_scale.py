@@ -58,9 +58,7 @@ def test_two_processes_are_one(way, tmp_path):
     """Twenty steps with R1, a head start, accumulation and SM3; eight with a generator in parts (FSDP 2); six of AdamW
     so, clipped, where blocks are computed twice and the CPU keeps the average; six with LoRA, blocks computed twice:
     every tensor of G, of the heads and of the average equals the single process's to 1e-6 of its norm,
-    and the ranks hold the same to the bit.
-    Left out is what has no gradient but rounding, which adaptive optimisers blow up:
-    attention to a single token has no use for its queries and keys"""
+    and the ranks hold the same to the bit"""
     whole = dict(optimizer='sm3', T_g=4, lam=.1, lr_g=1e-4, lr_d=1e-3)
     lora = dict(lora_rank=4, checkpointing=True, lr_g=1e-3, lr_d=1e-3)
     parts = whole | dict(fsdp=True)
@@ -77,9 +75,7 @@ def test_two_processes_are_one(way, tmp_path):
     assert all(torch.equal(first[k], v) for k,v in second.items() if v.numel()) # the average is the first one's
     assert sum(v.numel()>0 for v in second.values())>.5*len(second)
     assert all(o.dtype==torch.float64 for o in one.values())
-    idle = ('attn2.to_q','attn2.to_k','transformer_blocks.0.norm2')
-    apart = {k:float((first[k]-v).norm()/v.norm()) for k,v in one.items() if not any(o in k for o in idle)}
-    assert len(apart)>.7*len(one)
+    apart = {k:float((first[k]-v).norm()/v.norm()) for k,v in one.items()}
     assert max(apart.values())<1e-6, sorted(apart.items(), key=lambda o: -o[1])[:5]
 
 
