@@ -113,7 +113,7 @@ def test_micro_batches_add_up(monkeypatch):
 
 
 def test_frozen_is_frozen(pipe):
-    """Steps, with R1 and without, move each weight of G that is read, and of the heads, and leave the encoder as it was:
+    """Steps, with R1 and without, move each weight of G that is read, and of the heads, and leave the eye as it was:
     no change, no gradient, no place in an optimiser"""
     state,batch = new_state(pipe, r1_every=2)
     nets = dict(eye=state.D.encoder, G=state.G, heads=state.heads)

@@ -18,8 +18,8 @@ LORA = dict(lora_rank=16, lr_g=5e-4)
 ROWS = { # what each changes in [digits]
     'LoRA':LORA, 'LoRA in attention only':LORA, 'LoRA, slow judges':LORA | dict(lr_d=5e-4),
     'LoRA, no head start':LORA | dict(head_start=0), 'LoRA, T_g 4':LORA | dict(T_g=4),
-    'LoRA, SM3':LORA | dict(optimizer='sm3', lr_g=5e-3, lr_d=6e-2), 'LoRA, rank 4':LORA | dict(lora_rank=4),
-    'every weight':{}}
+    'LoRA, SM3':LORA | dict(optimizer='sm3'), 'LoRA, rank 4':LORA | dict(lora_rank=4), 'every weight':{},
+    'LoRA, SM3 at tenfold rates':LORA | dict(optimizer='sm3', lr_g=5e-3, lr_d=6e-2)}
 ATTENTION = 'to_q','to_k','to_v','to_out.0' # what had additions before
 
 
