@@ -24,9 +24,9 @@ BOXES = { # notebook → column, row, what is in it
     '16b checkpoint':(3,3,'whole states'), '16c health':(4,3,'bad signs'), '16d loop':(4,2,'a run survives'),
     '16e validation':(5,3,'better?'),
     '17 train':(5,2,'three runs'), '18 export':(6,2,'to give away'), '18b reproduce':(6,3,'once more'),
-    '24 baselines':(2,4,'rivals'), '23 evaluate':(3,4,'how good'), '23b films_exam':(1,4,'of films'),
-    '22 judge':(4,4,'a distance'),
-    '20 measure':(5,4,'what it takes'), '21 plan':(6,4,'what it costs'),
+    '24 baselines':(0,4,'rivals'), '23b films_exam':(1,4,'of films'), '23 evaluate':(2,4,'how good'),
+    '22 judge':(3,4,'a distance'), '21b kernels':(4,4,'what for'), '21 plan':(5,4,'what it costs'),
+    '20 measure':(6,4,'what it takes'),
     '30a verbs':(5,5,'each verb'), '30b cli':(6,5,'one command'), '31 widgets':(3,5,'to touch')}
 ARROWS = [
     ('00 video','01 edm','clips'), ('01 edm','02 svd','levels'), ('02 svd','03 sampling','guesses'),
@@ -40,7 +40,7 @@ ARROWS = [
     ('11 files','11b inspection','folders'), ('11c shortcuts','12 pipelines','short cuts'),
     ('11b inspection','12 pipelines','inspected'), ('18 export','18b reproduce','bases'),
     ('17 train','18 export','students'),
-    ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('22 judge','23 evaluate','distance'),
+    ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('21 plan','21b kernels','fake tensors'), ('22 judge','23 evaluate','distance'),
     ('17 train','23 evaluate','students'), ('23 evaluate','24 baselines','marks'),
     ('23b films_exam','24 baselines','ways'), ('18 export','30a verbs','runs'),
     ('30a verbs','30b cli','verbs'), ('23 evaluate','31 widgets','logs')]

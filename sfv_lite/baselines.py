@@ -15,7 +15,7 @@ from .edm import add_noise, karras_sigmas
 from .digits import digit_batches, digit_clips
 from .evaluate import Way
 from .checkpoint import Checkpoint, load
-from .fit import checkpoint_blocks, learn_little
+from .fit import checkpoint_blocks, compile_blocks, learn_little
 from .loop import Log, deliver, loop
 from .runs import claim, make_accelerator, micro_batch
 from .objective import pseudo_huber
@@ -122,6 +122,7 @@ def consistency(
         teacher = Denoiser(copy.deepcopy(pipe.unet)).eval().requires_grad_(False)
         if r.checkpointing: checkpoint_blocks(pipe.unet)
         if r.lora_rank: learn_little(pipe.unet, r.lora_rank, acc)
+        if r.compile: compile_blocks(pipe.unet)
         student,ladder = Denoiser(pipe.unet).train(),karras_sigmas(rungs)
         student,opt,ema = way_to_prepare(r, acc)(acc, student, lambda o: make_optimizer(o, r, r.lr_g), r.ema)
         def target(*args):

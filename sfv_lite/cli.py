@@ -142,6 +142,7 @@ def _sample(all_verbs)->None:
     v.option('--decoder', str, None, "a diffusers AutoencoderTiny to decode with, or hub:owner/name", "the model's own",
         metavar='FOLDER')
     v.option('--chunk', within(int,1), None, "frames decoded at a time, to save memory", "whole clips")
+    v.flag('--compile', "let PyTorch's compiler fuse kernels first: minutes, which many clips pay back")
 
 def _export(all_verbs)->None:
     "A folder to give away"
@@ -203,7 +204,8 @@ def _bench(all_verbs)->None:
     "What things cost"
     v = Verb(all_verbs, 'bench', verbs.bench, "FLOPs and seconds of a training step and of sampling", 'bench.json')
     v.recipe()
-    v.base("pipeline to measure")
+    v.base("pipeline to measure", None, "the shipped digits-teacher; with --fake for other recipes SVD as published")
+    v.flag('--fake', "nothing is timed: count the kernels, bytes and operations of a clip that a GPU would be asked for")
 
 # %% ../nbs/30b_cli.ipynb #e470effd
 def parser()->argparse.ArgumentParser:

@@ -49,7 +49,7 @@ def student_of(
     if asked['verb']!='distil':
         raise ValueError(f"{run}: a run of {asked['verb']}; its last average is exported, once it is finished")
     recipe = recipe_of(asked)
-    idle = dataclasses.replace(recipe, tracker='none', optimizer='adamw') # nothing that may not be installed here
+    idle = dataclasses.replace(recipe, tracker='none', optimizer='adamw', precision='no', compile=False)
     accelerator = make_accelerator(idle)
     pipe,eye = with_start(load_pipeline(base_of(run, asked)), base_of(run, asked, 'init'))
     state = make_state(pipe, idle, accelerator, eye)

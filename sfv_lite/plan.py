@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from accelerate.state import AcceleratorState, PartialState
@@ -87,6 +88,7 @@ def pretending(
         patch.object(FakeTensor, '__deepcopy__', _copy, create=True),
         patch.object(nn.Module, 'to', lambda self, *args, **kwargs: self)] # fake tensors stay where they are
     if gpu: contexts += [patch.object(F, o, _in_fp32(getattr(F, o))) for o in ('group_norm','layer_norm')]
+    if gpu: contexts += [patch.object(clip_grad, '_has_foreach_support', lambda *_: True)] # of all gradients at once
     with contextlib.ExitStack() as stack:
         for o in contexts: stack.enter_context(o)
         yield stack.enter_context(Memory())
@@ -109,10 +111,10 @@ def random_batch(
 
 # %% ../nbs/21_plan.ipynb #64c06108
 def countable(recipe:Recipe)->Recipe:
-    "As it can be counted anywhere: bf16 where the card decides, AdamW for its 8-bit kind, nobody who is told"
+    "As it can be counted anywhere: bf16 where the card decides, AdamW for its 8-bit kind, no compiler, nobody who is told"
     precision = 'bf16' if recipe.precision=='auto' else recipe.precision
     optimizer = recipe.optimizer.removesuffix('8bit')
-    return dataclasses.replace(recipe, precision=precision, optimizer=optimizer, tracker='none')
+    return dataclasses.replace(recipe, precision=precision, optimizer=optimizer, compile=False, tracker='none')
 
 def blind_step(state:State, batch:Batch)->None:
     "A step that does not look at its numbers, as there are none"

@@ -140,6 +140,7 @@ class Recipe:
     # memory: what several processes share, and what the CPU keeps
     fsdp:bool = field()
     ema_on_cpu:bool = field()
+    compile:bool = field()
     # the teacher, for whoever has none: EDM training
     teacher_P_mean:float = number()
     teacher_P_std:float = number()

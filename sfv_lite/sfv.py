@@ -35,7 +35,7 @@ def make_optimizer(
 )->torch.optim.Optimizer:
     "SM3 as in the paper (§4), or AdamW with the same two numbers as its β; adamw8bit keeps its moments in bytes"
     adam = dict(lr=lr, betas=(recipe.momentum,recipe.beta), weight_decay=0.)
-    if recipe.optimizer=='adamw': return torch.optim.AdamW(params, **adam)
+    if recipe.optimizer=='adamw': return torch.optim.AdamW(params, fused=True, **adam) # all weights in a few kernels
     if recipe.optimizer=='adamw8bit':
         from bitsandbytes.optim import AdamW8bit
         return AdamW8bit(params, **adam)

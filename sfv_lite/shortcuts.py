@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/11c_shortcuts.ipynb #c07c96ba
 class OneToken(Attention):
@@ -48,7 +49,7 @@ class OverSpaceAndTime(TransformerSpatioTemporalModel):
         number = number.repeat(b, 1)[:,None]
         for within,between in zip(self.transformer_blocks, self.temporal_transformer_blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                y = self._gradient_checkpointing_func(within, y, None, token, None)
+                y = checkpoint(within, y, None, token, use_reentrant=False)
             else: y = within(y, encoder_hidden_states=token)
             y = self.time_mixer(y, between(y+number, num_frames=t, encoder_hidden_states=token))
         return (x + rearrange(self.proj_out(y), 'n (h w) c -> n c h w', h=h, w=w),)

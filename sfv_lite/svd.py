@@ -176,8 +176,8 @@ class Denoiser(nn.Module):
     )->Tensor:        # x0_hat `(b t c h w)`
         c_skip,c_out,_,_ = (rearrange(c, 'b -> b 1 1 1 1') for c in scalings(sigma))
         inp,c_noise = unet_input(x, sigma, cond)
-        given = [o.to(self.unet.dtype) for o in (inp, c_noise, cond.image_embeds, cond.added_time_ids)]
-        F = self.unet(*given, return_dict=False)[0]
+        inp,embeds = (o.to(self.unet.dtype) for o in (inp, cond.image_embeds)) # what goes into sines stays exact
+        F = self.unet(inp, c_noise, embeds, cond.added_time_ids, return_dict=False)[0]
         return c_skip*x + c_out*F.to(x)
 
 # %% ../nbs/02_svd.ipynb #fcba6da7

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .checkpoint import Checkpoint, load
 from .edm import LogNormal, add_noise, karras_sigmas, loss_weight
 from .digits import digit_batches
-from .fit import checkpoint_blocks, learn_little, without_lora
+from .fit import checkpoint_blocks, compile_blocks, hold_as_computed, learn_little, without_lora
 from .loop import Log, deliver, loop
 from .pipelines import check_size, load_pipeline
 from .recipe import Recipe, RecipeError
@@ -69,7 +69,8 @@ def train_vae(
     with claim('vae', out, recipe, acc, resume=resume) as run:
         pipe = digits_pipeline(recipe.seed).to(acc.device)
         ema = EMAModel(pipe.vae.parameters(), decay=.99, foreach=True)
-        vae,opt = acc.prepare(pipe.vae, torch.optim.AdamW(pipe.vae.parameters(), lr=recipe.vae_lr, weight_decay=0.))
+        adam = torch.optim.AdamW(pipe.vae.parameters(), recipe.vae_lr, weight_decay=0., fused=True)
+        vae,opt = acc.prepare(pipe.vae, adam)
         checkpoint = load(Checkpoint(run, ema))
         def loss(x, micro):
             value,quality = vae_loss(vae, x, random_state(recipe.seed, micro))
@@ -152,7 +153,7 @@ def pretrain(
     with claim('pretrain', out, r, acc, base, data, resume, init) as run:
         pipe = load_pipeline(base)
         teacher = Denoiser(first_unet(pipe, r, acc, init)).train()
-        adam = lambda params: torch.optim.AdamW(params, lr=r.teacher_lr, weight_decay=0.)
+        adam = lambda params: torch.optim.AdamW(params, r.teacher_lr, weight_decay=0., fused=True)
         teacher,opt,ema = way_to_prepare(r, acc)(acc, teacher, adam, r.teacher_ema)
         checkpoint = load(Checkpoint(run, ema, learning(teacher), r.lora_rank>0))
         n,levels = micro_batch(r, acc, 'teacher_batch'),LogNormal(r.teacher_P_mean, r.teacher_P_std)
@@ -184,6 +185,7 @@ def first_unet(pipe, recipe:Recipe, accelerator:Accelerator, init):
     pipe.to(accelerator.device)
     if recipe.checkpointing: checkpoint_blocks(unet)
     if recipe.lora_rank: learn_little(unet, recipe.lora_rank, accelerator)
+    if recipe.compile: compile_blocks(unet)
     return unet
 
 # %% ../nbs/17_train.ipynb #5104226e
@@ -200,7 +202,11 @@ def make_state(
         for o in (pipe.unet, *([eye] if eye else [])): checkpoint_blocks(o)
     if recipe.lora_rank: learn_little(pipe.unet, recipe.lora_rank, accelerator)
     plain = without_lora if recipe.lora_rank and not eye else None # one UNet is both
-    return State.create(pipe, recipe, accelerator, plain, eye, way_to_prepare(recipe, accelerator))
+    state = State.create(pipe, recipe, accelerator, plain, eye, way_to_prepare(recipe, accelerator))
+    hold_as_computed(state.D.encoder, accelerator)
+    if recipe.compile:
+        for o in (state.G, state.D.encoder): compile_blocks(o)
+    return state
 
 def with_start(pipe, init):
     "The pipeline with another one's UNet, and its own as the eye"

@@ -197,6 +197,13 @@ def target(
     return out,None
 
 # %% ../nbs/30a_verbs.ipynb #2c24270b
+def _compile(pipe)->None:
+    "UNet and decoder, if there is a compiler"
+    from sfv_lite.fit import compile_blocks
+    from sfv_lite.runs import no_compiler
+    if missing := no_compiler(pipe.device): raise ValueError(f"--compile: needs {missing}; install it, or leave it out")
+    for o in (pipe.unet,pipe.vae): compile_blocks(o)
+
 def sample(args):
     "Clips of pictures, each picture encoded once"
     if args.steps==1 and args.guidance!=1:
@@ -208,6 +215,7 @@ def sample(args):
     device = _device(args.device)
     pipe = load_pipeline(args.model, _dtype(args.dtype)).to(device)
     decoder = load_decoder(args.decoder, pipe) if args.decoder else None
+    if args.compile: _compile(pipe)
     h,w = default_size(pipe)
     size,seed = (args.height or h, args.width or w),args.seed or 0
     check_size(pipe, *size, args.length)
@@ -303,8 +311,16 @@ def _fvd(args):
 def bench(args):
     "What a step and a clip cost"
     from sfv_lite.files import table
-    from sfv_lite.measure import bench
-    result = bench(load_recipe(args), args.base, _device(None))
-    _write_json(args.out, result)
+    recipe = load_recipe(args)
+    base = args.base or (None if args.fake and args.recipe!='digits' else 'digits-teacher')
+    if args.fake:
+        from sfv_lite.kernels import count, summed
+        counted = count(recipe, base)
+        _write_json(args.out, counted)
+        result = {f'by {o}':summed(counted, o) for o in ('part','kind')}
+    else:
+        from sfv_lite.measure import bench
+        result = bench(recipe, base, _device(None))
+        _write_json(args.out, result)
     for name,rows in result.items(): print(f'\n{name}\n\n{table(rows)}')
     print(f'\n{args.out}')
