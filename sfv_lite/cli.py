@@ -205,7 +205,7 @@ def _bench(all_verbs)->None:
     v = Verb(all_verbs, 'bench', verbs.bench, "FLOPs and seconds of a training step and of sampling", 'bench.json')
     v.recipe()
     v.base("pipeline to measure", None, "the shipped digits-teacher; with --fake for other recipes SVD as published")
-    v.flag('--fake', "nothing is timed: count the kernels, bytes and operations of a clip that a GPU would be asked for")
+    v.flag('--fake', "time nothing; count the kernels, bytes and operations that a clip asks of a GPU")
 
 # %% ../nbs/30b_cli.ipynb #e470effd
 def parser()->argparse.ArgumentParser:

@@ -74,14 +74,15 @@ def merge_lora(
 # %% ../nbs/15_fit.ipynb #9e178079
 def hold_as_computed(
     network,    # changed in place
-    accelerator # an `Accelerator`: does it compute in bf16?
+    accelerator # an `Accelerator`: what does it compute in?
 )->None:
-    "Frozen weights of products and convolutions in bf16, where autocast would make such copies of them at every use"
-    if accelerator.mixed_precision!='bf16': return
+    "Frozen weights of products and convolutions in half precision, where autocast would copy them so at every use"
+    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(accelerator.mixed_precision)
+    if half is None: return
     for o in network.modules():
         if not isinstance(o, (nn.Linear,nn.Conv2d,nn.Conv3d)): continue
         for name,p in o.named_parameters(recurse=False):
-            if not p.requires_grad: setattr(o, name, nn.Parameter(p.to(torch.bfloat16), requires_grad=False))
+            if not p.requires_grad: setattr(o, name, nn.Parameter(p.to(half), requires_grad=False))
 
 # %% ../nbs/15_fit.ipynb #f42096b4
 def learn_little(

@@ -111,8 +111,8 @@ def random_batch(
 
 # %% ../nbs/21_plan.ipynb #64c06108
 def countable(recipe:Recipe)->Recipe:
-    "As it can be counted anywhere: bf16 where the card decides, AdamW for its 8-bit kind, no compiler, nobody who is told"
-    precision = 'bf16' if recipe.precision=='auto' else recipe.precision
+    "As it can be counted anywhere: bf16 for any half precision, AdamW for its 8-bit kind, no compiler, no tracker"
+    precision = recipe.precision if recipe.precision=='no' else 'bf16'
     optimizer = recipe.optimizer.removesuffix('8bit')
     return dataclasses.replace(recipe, precision=precision, optimizer=optimizer, compile=False, tracker='none')
 

@@ -155,7 +155,7 @@ class Recipe:
     workers:int = number(0)
     # seed, precision, and how often a run reports
     seed:int = number(0, 2**32-1)
-    precision:str = choice('auto','bf16','no')
+    precision:str = choice('auto','bf16','fp16','no')
     checkpointing:bool = field()
     log_every:int = number(1)
     save_every:int = number(1)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['random_state', 'make_optimizer', 'rate', 'set_rate', 'learning', 'local', 'follow', 'averaged', 'prepared', 'State',
-           'loss_of_d', 'mean_logits', 'loss_of_g', 'clipped', 'descend', 'gradients', 'fetched', 'distil_step']
+           'loss_of_d', 'mean_logits', 'loss_of_g', 'clipped', 'descend', 'gradient_at', 'take_step', 'gradients',
+           'fetched', 'distil_step']
 
 # %% ../nbs/06_sfv.ipynb #3deee00b
 import contextlib, math
@@ -22,10 +23,11 @@ from .svd import Batch, Condition, Denoiser
 def random_state(
     seed:int, # of the run
     step:int, # micro-batch
-    rank:int=0# process
+    rank:int=0,# process
+    device="cpu" # where it draws
 )->torch.Generator:
     "All randomness of a micro-batch, from seed, step and rank: a resumed run repeats nothing and misses nothing"
-    return torch.Generator().manual_seed(seed + 1_000_003*step + 1_000_000_007*rank)
+    return torch.Generator(device).manual_seed(seed + 1_000_003*step + 1_000_000_007*rank)
 
 # %% ../nbs/06_sfv.ipynb #e27e217d
 def make_optimizer(
@@ -151,7 +153,9 @@ def loss_of_d(
     log = dict(d_real=loss_real, d_fake=loss_fake) | mean_logits('real', on_real) | mean_logits('fake', on_fake)
     loss = loss_real + loss_fake
     if r.gamma and state.step%r.r1_every==0:
-        with state.accelerator.autocast(): log['r1'] = r1(state.D.heads, real, sigma, cond)
+        fp16 = real[0].dtype is torch.float16 # whose gradients are too small to be squared
+        with contextlib.nullcontext() if fp16 else state.accelerator.autocast():
+            log['r1'] = r1(state.D.heads, [o.float() for o in real] if fp16 else real, sigma, cond)
         loss = loss + r.gamma*r.r1_every*log['r1']
     return loss,log
 
@@ -179,15 +183,14 @@ def loss_of_g(
 
 # %% ../nbs/06_sfv.ipynb #7dd35c68
 def clipped(
-    accelerator:Accelerator,
     params:list[nn.Parameter],
     limit:float, # largest norm of the gradient; 0: none
     of:str=""    # "_g" or "_d" where there are two networks
 )->dict[str,Tensor]: # norm of the gradient before, and of the weights
-    "Clip the gradient of a network, and measure both"
+    "Clip the gradient of a network, from which the scale has been taken, and measure both"
     whole = lambda o: o.full_tensor() if hasattr(o, 'full_tensor') else o # of what several processes share
     weights = torch.stack(torch._foreach_norm([p.detach() for p in params])).norm()
-    grads = accelerator.clip_grad_norm_(params, limit or math.inf)
+    grads = nn.utils.clip_grad_norm_(params, limit or math.inf)
     return {f'grad{of}':whole(grads), f'weight{of}':whole(weights)}
 
 def descend(
@@ -198,11 +201,26 @@ def descend(
     steps_of_g = s.step-r.head_start
     rises,falls = rate(s.step, r.steps, r.warmup),rate(max(steps_of_g,0), r.steps, 0, r.schedule)
     set_rate(s.opt_d, r.lr_d*rises*falls) # rises from its own start, falls with G's
-    s.opt_d.step()
+    take_step(s.opt_d)
     if s.joint:
         set_rate(s.opt_g, r.lr_g*rate(steps_of_g, r.steps, r.warmup, r.schedule))
-        s.opt_g.step()
+        take_step(s.opt_g)
         follow(s.ema, s.G)
+
+# %% ../nbs/06_sfv.ipynb #270657df
+def gradient_at(
+    accelerator:Accelerator,
+    loss:Tensor, # scalar
+    leaf:Tensor  # in fp32
+)->Tensor:
+    "The gradient of a loss; with fp16 times the scale of its losses on the way, or it would vanish there"
+    scaler = accelerator.scaler
+    if not scaler: return torch.autograd.grad(loss, leaf)[0]
+    return torch.autograd.grad(scaler.scale(loss), leaf)[0]/scaler.scale(loss.new_ones(()))
+
+def take_step(optimizer)->None:
+    "Step; accelerate's own way would take fp16's scale from the second network's gradients once more"
+    (optimizer.optimizer if getattr(optimizer, 'scaler', None) else optimizer).step()
 
 # %% ../nbs/06_sfv.ipynb #83e21477
 def gradients(
@@ -211,8 +229,10 @@ def gradients(
 )->dict[str,Tensor]: # losses, R1, mean logits of each head
     "One micro-batch of SF-V: once forward and back through G, one pass of the frozen encoder each for real and fake"
     s,acc,x0,cond,joint = state,state.accelerator,batch.latents,batch.cond,state.joint
-    g = random_state(s.recipe.seed, s.micro, acc.process_index)
-    eps = lambda: torch.randn(x0.shape, generator=g).to(x0)
+    draw = s.recipe.seed,s.micro,acc.process_index
+    g = random_state(*draw)
+    h = g if x0.device.type=='cpu' else random_state(*draw, x0.device) # noise is drawn where it is used
+    eps = lambda: torch.randn(x0.shape, generator=h, device=h.device).to(x0)
     with acc.accumulate(s.G, s.heads):
         # 1. the generator's guess, and the place to cut its graph
         sigma = s.sigma_g.sample(len(x0),g).to(x0)
@@ -229,7 +249,7 @@ def gradients(
             acc.backward(loss)
             if joint:
                 loss,more = loss_of_g(s, leaf, x0, fake, sigma_d, cond)
-                grad, = torch.autograd.grad(loss, leaf)
+                grad = gradient_at(acc, loss, leaf)
                 log |= more
             del loss,real,fake
         # 4. … and carried through G once
@@ -260,12 +280,14 @@ def distil_step(
     s,limit = state,state.recipe.clip_norm
     s.figures.append(gradients(s, batch))
     if not s.accelerator.sync_gradients: return {}
-    s.figures.append(clipped(s.accelerator, list(s.heads.parameters()), limit, '_d'))
-    if s.joint: s.figures.append(clipped(s.accelerator, learning(s.G), limit, '_g'))
+    s.accelerator.unscale_gradients()
+    s.figures.append(clipped(list(s.heads.parameters()), limit, '_d'))
+    if s.joint: s.figures.append(clipped(learning(s.G), limit, '_g'))
     figures = look(s.accelerator, s.figures)
     s.figures.clear()
     if 'skipped' not in figures:
         descend(s)
         s.step += 1
+    if s.accelerator.scaler: s.accelerator.scaler.update() # larger after many good steps, smaller after a bad one
     for network in (s.heads,s.G): network.zero_grad()
     return figures

@@ -27,6 +27,7 @@ from .sampling import sample_euler, sample_once
 from .parts import way_to_prepare
 from .shortcuts import take_short_cuts
 from .sfv import State, averaged, clipped, distil_step, fetched, follow, learning, random_state, rate, set_rate
+from .sfv import take_step
 from .svd import Batch, Condition, Denoiser, digits_pipeline, encode
 from .validation import Validation, beside, fixed_noise, held_clips, by_clips, judged
 from .video import moving_digits
@@ -125,13 +126,15 @@ def one_network(
             acc.backward(value)
         waiting.append(dict(loss=value.detach()) | more)
         if not acc.sync_gradients: return {}
-        figures = fetched(acc, [*waiting, clipped(acc, params, clip_norm)])
+        acc.unscale_gradients()
+        figures = fetched(acc, [*waiting, clipped(params, clip_norm)])
         waiting.clear()
         if 'skipped' not in figures:
             figures['lr'] = lr(checkpoint.step)
             set_rate(opt, figures['lr'])
-            opt.step()
+            take_step(opt)
             follow(ema, model)
+        if acc.scaler: acc.scaler.update()
         model.zero_grad()
         return figures
     return step
