@@ -40,7 +40,8 @@ ARROWS = [
     ('11 files','11b inspection','folders'), ('11c shortcuts','12 pipelines','short cuts'),
     ('11b inspection','12 pipelines','inspected'), ('18 export','18b reproduce','bases'),
     ('17 train','18 export','students'),
-    ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('21 plan','21b kernels','fake tensors'), ('22 judge','23 evaluate','distance'),
+    ('17 train','20 measure','a step'), ('20 measure','21 plan','counts'), ('21 plan','21b kernels','fake tensors'),
+    ('22 judge','23 evaluate','distance'),
     ('17 train','23 evaluate','students'), ('23 evaluate','24 baselines','marks'),
     ('23b films_exam','24 baselines','ways'), ('18 export','30a verbs','runs'),
     ('30a verbs','30b cli','verbs'), ('23 evaluate','31 widgets','logs')]

@@ -370,6 +370,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sfv_lite.plan.flops_of': ('plan.html#flops_of', 'sfv_lite/plan.py'),
                                'sfv_lite.plan.looks_of': ('plan.html#looks_of', 'sfv_lite/plan.py'),
                                'sfv_lite.plan.memory_of': ('plan.html#memory_of', 'sfv_lite/plan.py'),
+                               'sfv_lite.plan.most_clips': ('plan.html#most_clips', 'sfv_lite/plan.py'),
                                'sfv_lite.plan.network_sizes': ('plan.html#network_sizes', 'sfv_lite/plan.py'),
                                'sfv_lite.plan.plan': ('plan.html#plan', 'sfv_lite/plan.py'),
                                'sfv_lite.plan.pretending': ('plan.html#pretending', 'sfv_lite/plan.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CONTEXT', 'Memory', 'pretending', 'bytes_of', 'random_batch', 'countable', 'blind_step', 'memory_of',
-           'shared_by', 'standing', 'bytes_of_state', 'flops_of', 'network_sizes', 'shard_bytes', 'looks_of', 'plan',
-           'verdict', 'achieved', 'said_of']
+           'shared_by', 'standing', 'bytes_of_state', 'flops_of', 'network_sizes', 'shard_bytes', 'looks_of',
+           'most_clips', 'plan', 'verdict', 'achieved', 'said_of']
 
 # %% ../nbs/21_plan.ipynb #b3983cc9
 import contextlib, dataclasses, json, math, statistics, weakref
@@ -237,6 +237,17 @@ def looks_of(
     return dict(picture=8*once+16*pixels, validation=asked*(once+pixels+recipe.frames*tower)+32*once, encode=encode)
 
 # %% ../nbs/21_plan.ipynb #935a8158
+def most_clips(
+    parts:dict[str,int], # of `memory_of`
+    n:int,    # clips a micro-batch that it was counted for
+    batch:int,# of one card in a step
+    room:float# bytes
+)->int:       # a divisor of the batch; 0: not even one
+    "Clips a micro-batch that a card holds, if what is not there between two steps grows with them"
+    one = parts['activations, new gradients, temporaries']/n
+    most = int((room-parts['peak'])//one)+n
+    return max((k for k in range(1, batch+1) if batch%k==0 and k<=most), default=0)
+
 def plan(
     recipe:Recipe,
     gpu:str='a100-80', # one of `GPUS`
@@ -256,6 +267,8 @@ def plan(
     both = progress_bar((False,True), 'count', leave=False) # a minute each, and another for what follows
     memory = {again:memory_of(dataclasses.replace(recipe, checkpointing=again), sizes, gpus) for again in both}
     need = memory[recipe.checkpointing]['peak'] + vae + CONTEXT
+    each = recipe.batch//gpus # clips a step
+    ways = [most_clips(parts, each//recipe.accumulation, each, gb*2**30-vae-CONTEXT) for parts in memory.values()]
     flops,steps,clip = flops_of(recipe, sizes),recipe.steps+recipe.head_start,shard_bytes(recipe, sizes)
     rate = tflops*1e12*utilisation # operations a second of one card
     seconds,apart = flops/(gpus*rate),looks_of(recipe, sizes)
@@ -265,6 +278,7 @@ def plan(
     return dict(
         recipe=recipe.name, gpu=gpu, gpus=gpus, card=gb*2**30, need=int(need), fits=need<=gb*2**30, vae=vae,
         memory={'blocks kept':memory[False], 'blocks computed again':memory[True]},
+        clips_at_once=dict(zip(('blocks kept','blocks computed again'), ways)), batch=each,
         flops=flops, utilisation=utilisation, seconds_a_step=seconds, steps=steps, days=hours['training']/24,
         looking=looking/(seconds*steps+looking), clip=clip, shards=clips*clip, clips=clips, hours=hours,
         first_picture=(seconds*recipe.sample_every+apart['picture']/rate)/3600,
@@ -276,12 +290,17 @@ def verdict(
     "A plan in words and one table"
     def gb(n): return n/2**30
     kinds = list(p['memory']['blocks kept'])
+    def at_once(way, again):
+        if not (n := p['clips_at_once'][way]): return f'none with {way}'
+        return f"{n} with {way} (--set checkpointing={again} --set accumulation={p['batch']//n})"
     rows = [{'GB on one card':kind, **{way:gb(parts[kind]) for way,parts in p['memory'].items()}} for kind in kinds]
     cure = 'lower it by checkpointing = true, a larger accumulation, smaller frames, or recipe svd-lora'
     return '\n'.join([
         f"recipe [{p['recipe']}] on {p['gpus']} × {p['gpu']}", '', table(rows), '',
         f"with the VAE's {gb(p['vae']):.1f} GB and {gb(CONTEXT):.1f} GB for CUDA itself: {gb(p['need']):.1f} of "
             f"{gb(p['card']):.0f} GB: {'fits' if p['fits'] else f'does not fit; {cure}'}",
+        f"clips at once that this card holds: {at_once('blocks kept', 'false')}, "
+            f"{at_once('blocks computed again', 'true')}; kept is the quicker where it fits",
         f"{p['flops']/1e12:,.0f} TFLOP a step; at {p['utilisation']:.0%} of the cards' peak "
             f"{p['seconds_a_step']:.2f} s, {p['days']:.1f} days for {p['steps']:,} steps",
         f"the first picture after {p['first_picture']:.1f} hours; pictures and validation are {p['looking']:.0%} of it",

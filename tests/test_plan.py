@@ -9,7 +9,7 @@ from sfv_lite.files import write_rows
 from sfv_lite.runs import make_accelerator
 from sfv_lite.measure import count_flops
 from sfv_lite.pipelines import load_pipeline
-from sfv_lite.plan import blind_step, random_batch, flops_of, memory_of, network_sizes, shard_bytes
+from sfv_lite.plan import blind_step, random_batch, flops_of, memory_of, most_clips, network_sizes, shard_bytes
 from sfv_lite.recipe import Recipe
 from sfv_lite.train import make_state
 from sfv_lite.svd import svd_sizes
@@ -158,6 +158,18 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     (out/'log.csv').unlink()
     with pytest.raises(ValueError, match='no clips_s of steps'): achieved(out)
     with pytest.raises(ValueError, match='no run of distil'): achieved(base)
+
+
+@pytest.mark.parametrize('again', [False,True])
+def test_clips_at_once(base, again):
+    "As many as were said fit, no more than divide the batch; and where there is no room for one, none"
+    r,sizes = recipe(batch=24, accumulation=12, checkpointing=again),network_sizes(base)
+    two = memory_of(r, sizes)
+    one_more = two['activations, new gradients, temporaries']/2
+    for room,most in ((two['peak']+6.5*one_more, 8), (two['peak']+.5*one_more, 2), (two['peak']-1.5*one_more, 0)):
+        n = most_clips(two, 2, 24, room)
+        assert n==most
+        if n: assert memory_of(dataclasses.replace(r, accumulation=24//n), sizes)['peak']<=room
 
 
 def test_eight_bits_are_counted_anywhere(base, monkeypatch):
