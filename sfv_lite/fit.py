@@ -82,7 +82,7 @@ def hold_as_computed(
     for o in network.modules():
         if not isinstance(o, (nn.Linear,nn.Conv2d,nn.Conv3d)): continue
         for name,p in o.named_parameters(recurse=False):
-            if not p.requires_grad: setattr(o, name, nn.Parameter(p.to(half), requires_grad=False))
+            if not p.requires_grad: setattr(o, name, nn.Parameter(p.detach().to(half), requires_grad=False))
 
 # %% ../nbs/15_fit.ipynb #f42096b4
 def learn_little(

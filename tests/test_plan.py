@@ -182,6 +182,13 @@ def test_eight_bits_are_counted_anywhere(base, monkeypatch):
     assert less['peak']<full['peak'] and len({o['activations, new gradients, temporaries'] for o in (full,less)})==1
 
 
+def test_held_weights_are_weights(base):
+    "What is held in half precision stands under weights, at half the bytes, and is no copy of a step"
+    r,sizes = recipe(lora_rank=2, precision='bf16'),network_sizes(base)
+    held,full = memory_of(r, sizes),memory_of(dataclasses.replace(r, precision='no'), sizes)
+    assert held['weights of G']<.6*full['weights of G'] and held['autocast copies']<.3*held['weights of G']
+
+
 def test_shared_memory_is_counted(base):
     "Four processes that share G hold a quarter of what stands each, and gathered blocks; an average on the CPU is none"
     r,sizes = recipe(batch=4),network_sizes(base)
