@@ -14,12 +14,13 @@ SCRIPT = '''if 1:
     from types import SimpleNamespace
     from safetensors.torch import save_file
     torch.set_default_dtype(torch.float64)
-    from sfv_lite import parts, sfv, train
+    from sfv_lite import fit, parts, sfv, train
     from sfv_lite.edm import add_noise
     from sfv_lite.recipe import Recipe
     from sfv_lite.svd import Batch, Condition, digits_pipeline
     out,overrides,steps,size,frames = sys.argv[1],eval(sys.argv[2]),int(sys.argv[3]),4,3
     r = Recipe.load('digits', **overrides)
+    fit.BACKEND = 'aot_eager' # the graphs, without minutes of fusing
     acc = train.make_accelerator(r)
     rank,world = acc.process_index,acc.num_processes
     pipe = digits_pipeline(3)
@@ -51,19 +52,23 @@ SCRIPT = '''if 1:
 '''
 
 
+HUGE = 'parts, recomputed','lora','compiled','parts, compiled'
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['whole', 'parts', pytest.param('parts, recomputed', marks=pytest.mark.huge),
-    pytest.param('lora', marks=pytest.mark.huge)])
+@pytest.mark.parametrize('way', ['whole', 'parts', *(pytest.param(o, marks=pytest.mark.huge) for o in HUGE)])
 def test_two_processes_are_one(way, tmp_path):
     """Twenty steps with R1, a head start, accumulation and SM3; eight with a generator in parts (FSDP 2); six of AdamW
-    so, clipped, where blocks are computed twice and the CPU keeps the average; six with LoRA, blocks computed twice:
+    so, clipped, where blocks are computed twice and the CPU keeps the average; six with LoRA, blocks computed twice;
+    four whose blocks are compiled, whole and in parts:
     every tensor of G, of the heads and of the average equals the single process's to 1e-6 of its norm,
     and the ranks hold the same to the bit"""
     whole = dict(optimizer='sm3', T_g=4, lam=.1, lr_g=1e-4, lr_d=1e-3)
     lora = dict(lora_rank=4, checkpointing=True, lr_g=1e-3, lr_d=1e-3)
     parts = whole | dict(fsdp=True)
     again = parts | dict(checkpointing=True, clip_norm=.5, optimizer='adamw', ema_on_cpu=True)
-    steps,more = {'whole':(20,whole), 'parts':(8,parts), 'parts, recomputed':(6,again), 'lora':(6,lora)}[way]
+    steps,more = {'whole':(20,whole), 'parts':(8,parts), 'parts, recomputed':(6,again), 'lora':(6,lora),
+        'compiled':(4,whole | dict(compile=True)), 'parts, compiled':(4,parts | dict(compile=True))}[way]
     keys = dict(precision='no', steps=steps, head_start=2, warmup=0, schedule='constant', batch=4, accumulation=2,
         r1_every=3, head_width=16, **more)
     (tmp_path/'run.py').write_text(SCRIPT)
