@@ -180,10 +180,11 @@ def bytes_of_state(optimizer)->int:
 # %% ../nbs/21_plan.ipynb #5192c5cb
 def flops_of(
     recipe:Recipe,
-    sizes:dict # as `svd_sizes`
+    sizes:dict,# as `svd_sizes`
+    alone:bool=False # a step of the head start, in which the judges learn alone
 )->float:      # of one optimiser step of the whole batch, R1's share included
     "Floating-point operations that `distil` spends on a step, those done again by checkpointing included"
-    r = dataclasses.replace(countable(recipe), batch=1, accumulation=1, head_start=0)
+    r = dataclasses.replace(countable(recipe), batch=1, accumulation=1, head_start=2**31 if alone else 0)
     with pretending():
         s = make_state(SimpleNamespace(unet=networks(**sizes)['unet']), r, make_accelerator(r))
         batch = random_batch(sizes, r, 1)
@@ -272,16 +273,21 @@ def plan(
     flops,steps,clip = flops_of(recipe, sizes),recipe.steps+recipe.head_start,shard_bytes(recipe, sizes)
     rate = tflops*1e12*utilisation # operations a second of one card
     seconds,apart = flops/(gpus*rate),looks_of(recipe, sizes)
+    alone = flops_of(recipe, sizes, True)/(gpus*rate) if recipe.head_start else 0. # seconds
+    def until(step): return min(step, recipe.head_start)*alone + max(0, step-recipe.head_start)*seconds
+    picture = until(recipe.sample_every)
+    if recipe.sample_minutes: picture = min(picture, 60*recipe.sample_minutes)
     pictures,validations = steps//recipe.sample_every,1+steps//recipe.validate_every
     looking = (pictures*apart['picture']+validations*apart['validation']/gpus)/rate
-    hours = dict(training=(seconds*steps+looking)/3600, preparing=clips*apart['encode']/rate/3600)
+    hours = dict(training=(until(steps)+looking)/3600, preparing=clips*apart['encode']/rate/3600)
     return dict(
         recipe=recipe.name, gpu=gpu, gpus=gpus, card=gb*2**30, need=int(need), fits=need<=gb*2**30, vae=vae,
         memory={'blocks kept':memory[False], 'blocks computed again':memory[True]},
         clips_at_once=dict(zip(('blocks kept','blocks computed again'), ways)), batch=each,
         flops=flops, utilisation=utilisation, seconds_a_step=seconds, steps=steps, days=hours['training']/24,
-        looking=looking/(seconds*steps+looking), clip=clip, shards=clips*clip, clips=clips, hours=hours,
-        first_picture=(seconds*recipe.sample_every+apart['picture']/rate)/3600,
+        head_start=dict(steps=recipe.head_start, seconds_a_step=alone), looking=looking/(until(steps)+looking),
+        clip=clip, shards=clips*clip, clips=clips, hours=hours,
+        first_picture=(picture+apart['picture']/rate)/3600,
         price=price and {'training':price*gpus*hours['training'], 'preparing':price*hours['preparing']})
 
 def verdict(
@@ -293,16 +299,18 @@ def verdict(
     def at_once(way, again):
         if not (n := p['clips_at_once'][way]): return f'none with {way}'
         return f"{n} with {way} (--set checkpointing={again} --set accumulation={p['batch']//n})"
+    head = p['head_start']
+    alone = f" ({head['steps']} of the judges alone, {head['seconds_a_step']:.2f} s each)" if head['steps'] else ''
     rows = [{'GB on one card':kind, **{way:gb(parts[kind]) for way,parts in p['memory'].items()}} for kind in kinds]
     cure = 'lower it by checkpointing = true, a larger accumulation, smaller frames, or recipe svd-lora'
     return '\n'.join([
         f"recipe [{p['recipe']}] on {p['gpus']} × {p['gpu']}", '', table(rows), '',
         f"with the VAE's {gb(p['vae']):.1f} GB and {gb(CONTEXT):.1f} GB for CUDA itself: {gb(p['need']):.1f} of "
             f"{gb(p['card']):.0f} GB: {'fits' if p['fits'] else f'does not fit; {cure}'}",
-        f"clips at once that this card holds: {at_once('blocks kept', 'false')}, "
+        f"clips at once, of the {p['batch']} that a card takes a step: {at_once('blocks kept', 'false')}, "
             f"{at_once('blocks computed again', 'true')}; kept is the quicker where it fits",
         f"{p['flops']/1e12:,.0f} TFLOP a step; at {p['utilisation']:.0%} of the cards' peak "
-            f"{p['seconds_a_step']:.2f} s, {p['days']:.1f} days for {p['steps']:,} steps",
+            f"{p['seconds_a_step']:.2f} s, {p['days']:.1f} days for {p['steps']:,} steps" + alone,
         f"the first picture after {p['first_picture']:.1f} hours; pictures and validation are {p['looking']:.0%} of it",
         f"shards: {p['clip']/1e3:,.0f} kB a clip, {p['shards']/1e9:,.0f} GB in all; one such card encodes "
             f"{p['clips']:,} clips in {p['hours']['preparing']:.1f} hours",
