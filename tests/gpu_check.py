@@ -95,9 +95,9 @@ def training(name:str, a, clips=1, again=True, compiled=False, profiled=False, s
     with_r1,plain = fastest(lambda: micro(0), 1),fastest(lambda: micro(1), 1 if a.cpu else 3)
     stepping = fastest(lambda: descend(s), 1)
     seconds = (plain + (with_r1-plain)/r.r1_every)/clips + stepping/share
-    found = dict(seconds=seconds, micro_batch=plain, with_r1=with_r1, optimisers=stepping, first_call=first, clips=clips)
+    found = dict(seconds=seconds, micro_batch=plain, with_r1=with_r1, optimisers=stepping, first_call=first)
     if not a.cpu: found |= dict(bytes=torch.cuda.max_memory_allocated())
-    return found | (longest(lambda: micro(1), a) if profiled else {})
+    return found | dict(clips=clips) | (longest(lambda: micro(1), a) if profiled else {})
 
 
 @torch.no_grad()
