@@ -7,7 +7,7 @@ __all__ = ['LEARNS', 'BACKEND', 'checkpoint_blocks', 'add_lora', 'without_lora',
            'compile_blocks']
 
 # %% ../nbs/15_fit.ipynb #ca7b3a21
-import contextlib
+import contextlib, warnings
 import torch
 from torch import nn
 from .shortcuts import take_short_cuts
@@ -108,6 +108,7 @@ def compile_blocks(
     from diffusers.models.resnet import SpatioTemporalResBlock
     from sfv_lite.shortcuts import OverSpaceAndTime
     take_short_cuts(network)
+    warnings.filterwarnings('ignore', 'Dynamo detected a call to a `functools.lru_cache`') # diffusers', of versions
     for k in ('recompile_limit','accumulated_recompile_limit'): # of sizes, with and without a gradient or additions
         setattr(torch._dynamo.config, k, max(getattr(torch._dynamo.config, k), 1024))
     for o in network.modules():

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'PRODUCTS', 'COPIES', 'AT_ONCE', 'CHUNK', 'BLOCKS', 'ONCE', 'kind_of', 'kernels_of', 'bytes_moved',
-           'operations_of', 'Ledger', 'parted', 'count', 'summed']
+           'operations_of', 'Ledger', 'parted', 'count', 'summed', 'achieved', 'said_of']
 
 # %% ../nbs/21b_kernels.ipynb #e505fb85
-import contextlib, dataclasses, math
+import contextlib, dataclasses, math, statistics
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch
@@ -17,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from . import sfv
-from .plan import blind_step, countable, network_sizes, pretending, random_batch
+from .files import read_rows
+from .plan import GPUS, blind_step, countable, flops_of, network_sizes, possible, pretending, random_batch
 from .recipe import Recipe
-from .runs import make_accelerator
+from .runs import asked_of, base_of, make_accelerator, recipe_of
 from .svd import networks
 from .train import make_state
 
@@ -78,15 +80,17 @@ def operations_of(func, args, kwargs, out)->int:
 # %% ../nbs/21b_kernels.ipynb #536ed5bd
 class Ledger(TorchDispatchMode):
     "Kernels, bytes and operations by part and kind"
-    def __init__(self):
+    def __init__(self,
+        again:bool=False # whether blocks are computed again
+    ):
         super().__init__()
-        self.part,self.lines = 'rest',defaultdict(lambda: [0,0,0])
+        self.again,self.part,self.lines = again,'rest',defaultdict(lambda: [0,0,0])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if n := kernels_of(func, args):
-            again = self.part=='G, back' and torch.is_grad_enabled()
+            again = self.again and self.part=='G, back' and torch.is_grad_enabled()
             line = self.lines['G, recomputed' if again else self.part, kind_of(func, args, out)]
             for i,more in enumerate((n, bytes_moved(func, args, kwargs, out), operations_of(func, args, kwargs, out))):
                 line[i] += more
@@ -140,7 +144,7 @@ def count(
 )->dict: # `kernels`, `bytes` and `flops` a clip; the same three in `lines`, by part and kind
     "What a GPU would be asked to do for a clip of a training step, one clip a micro-batch"
     r = dataclasses.replace(countable(recipe), batch=2, accumulation=2, head_start=0)
-    ledger,sizes = Ledger(),network_sizes(base)
+    ledger,sizes = Ledger(r.checkpointing),possible(r, network_sizes(base))
     with pretending():
         s = make_state(SimpleNamespace(unet=networks(**sizes)['unet']), r, make_accelerator(r))
         batch = random_batch(sizes, r, 1)
@@ -169,3 +173,33 @@ def summed(
     for o in counted['lines']: found[o[by]] = [a+o[k] for a,k in zip(found[o[by]], ('kernels','bytes','flops'))]
     found['a clip'] = [counted[k] for k in ('kernels','bytes','flops')]
     return [{by:k, 'kernels':round(n), 'GB':size/1e9, 'TFLOP':work/1e12} for k,(n,size,work) in found.items()]
+
+# %% ../nbs/21b_kernels.ipynb #af56feb5
+def achieved(
+    run:str|Path # a `distil` run that has a log, finished or not
+)->dict:         # clips and operations a second; `gpu` and shares of the peak are None for what `GPUS` does not know
+    "What a run gets out of its cards; raises `ValueError` where its log does not tell"
+    run = Path(run)
+    asked = asked_of(run)
+    if asked.get('verb')!='distil': raise ValueError(f"{run}: is no run of distil; name one that has a log.csv")
+    rates = [float(o['clips_s']) for o in read_rows(run/'log.csv') if o.get('adv') and o.get('clips_s')][-20:]
+    if not rates: raise ValueError(f"{run}/log.csv: has no clips_s of steps that both networks take; a head start, of "
+        "the judges alone, does not tell. Let the run go on, or begin a short one with --set head_start=0")
+    if not all(map(math.isfinite, rates)): raise ValueError(f"{run}/log.csv: has a clips_s that is no number")
+    if not asked.get('made_with'): raise ValueError(f"{run}/recipe.json: does not say what the run was made with")
+    recipe,made,sizes = recipe_of(asked),asked['made_with'][-1],network_sizes(base_of(run, asked))
+    gpu = next((k for k,(*_,names) in GPUS.items() if made['device'] in names), None)
+    cost = {again:flops_of(dataclasses.replace(recipe, checkpointing=again), sizes)/recipe.batch
+        for again in {False, recipe.checkpointing}}
+    clips,peak = statistics.median(rates),gpu and GPUS[gpu][1]*1e12*made['processes']
+    done,useful = clips*cost[recipe.checkpointing],clips*cost[False]
+    return dict(run=str(run), clips_s=clips, device=made['device'], processes=made['processes'], gpu=gpu,
+        operations_s=done, useful_s=useful, share=peak and done/peak, useful_share=peak and useful/peak)
+
+def said_of(
+    o:dict # of `achieved`
+)->str:
+    "The same in words"
+    known = "{share:.1%} of their peak, {useful_share:.1%} useful" if o['share'] else "their peak is not known here"
+    return (f"{o['run']}: {o['clips_s']:.2f} clips a second on {o['processes']} × {o['device']}, "
+        f"{o['operations_s']/1e12:.3g} TFLOP/s, {o['useful_s']/1e12:.3g} of them useful ({known.format(**o)})")

@@ -20,7 +20,7 @@ from .fit import merge_lora
 from .health import Faults, Signs, compared
 from .parts import put_together
 from .pipelines import load_pipeline, save_pipeline
-from .runs import Run, asked_of
+from .runs import Run, asked_of, base_of
 from .sfv import averaged
 from .video import tile, to_uint8
 
@@ -215,10 +215,13 @@ def keep(checkpoint:Checkpoint, log:Log)->None:
     save(checkpoint)
 
 # %% ../nbs/16d_loop.ipynb #d5c5d1e2
-def into_fresh(pipe, asked:dict)->None:
+def into_fresh(pipe, run:Path, asked:dict)->None:
     "Additions into the weights that the run began with, which it may have held rounded"
     learned = pipe.unet
-    pipe.register_modules(unet=load_pipeline(asked.get('init') or asked['base']).unet)
+    try: begun = base_of(run, asked, 'init' if asked.get('init') else 'base')
+    except (FileNotFoundError,ValueError) as e:
+        raise type(e)(f"{e}. All steps are done and saved; then --resume delivers the pipeline") from e
+    pipe.register_modules(unet=load_pipeline(begun).unet)
     merge_lora(learned, pipe.unet)
 
 def deliver(
@@ -231,7 +234,7 @@ def deliver(
     with averaged(checkpoint.ema, model):
         put_together(pipe)
         if checkpoint.accelerator.is_main_process:
-            if checkpoint.partial: into_fresh(pipe, checkpoint.run.asked)
+            if checkpoint.partial: into_fresh(pipe, checkpoint.run.out, checkpoint.run.asked)
             save_pipeline(pipe, folder)
     checkpoint.accelerator.wait_for_everyone()
     return folder

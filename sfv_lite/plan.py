@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CONTEXT', 'Memory', 'pretending', 'bytes_of', 'random_batch', 'countable', 'blind_step', 'memory_of',
-           'shared_by', 'standing', 'bytes_of_state', 'flops_of', 'network_sizes', 'shard_bytes', 'looks_of',
-           'most_clips', 'plan', 'verdict', 'achieved', 'said_of']
+           'shared_by', 'standing', 'bytes_of_state', 'flops_of', 'network_sizes', 'possible', 'shard_bytes',
+           'looks_of', 'most_clips', 'plan', 'verdict']
 
 # %% ../nbs/21_plan.ipynb #b3983cc9
-import contextlib, dataclasses, json, math, statistics, weakref
+import contextlib, dataclasses, json, weakref
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch
@@ -21,9 +20,8 @@ from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from accelerate.state import AcceleratorState, PartialState
-from .export import base_of
-from .files import progress_bar, read_rows, table
-from .runs import asked_of, make_accelerator, recipe_of
+from .files import progress_bar, table
+from .runs import make_accelerator
 from .measure import count_flops
 from .pipelines import pipeline_folder
 from .recipe import Recipe, RecipeError
@@ -212,6 +210,18 @@ def network_sizes(
     folder = pipeline_folder(base)
     return {o:json.loads((folder/o/'config.json').read_text()) for o in ('unet','vae','image_encoder')}
 
+def possible(
+    recipe:Recipe,
+    sizes:dict # of `network_sizes`
+)->dict:       # the sizes; raises `RecipeError`
+    "Whether clips of the recipe's size can go through these networks; the same as `check_size` asks of a pipeline"
+    blocks = {o:len(sizes[o]['block_out_channels'])-1 for o in ('vae','unet')}
+    unit,limit,where = 2**sum(blocks.values()),sizes['unet']['num_frames'],f'recipe [{recipe.name}]'
+    for k in ('height','width'):
+        if (n := getattr(recipe, k))%unit: raise RecipeError(f"{where} {k} = {n}: must be a multiple of {unit}")
+    if (n := recipe.frames)>limit: raise RecipeError(f"{where} frames = {n}: the model was made for at most {limit}")
+    return sizes
+
 def shard_bytes(
     recipe:Recipe,
     sizes:dict,  # as `svd_sizes`
@@ -263,7 +273,7 @@ def plan(
         raise RecipeError(f"recipe [{recipe.name}]: a batch of {recipe.batch} cannot be shared out evenly; "
             f"GPUs × accumulation = {gpus} × {recipe.accumulation} must divide it")
     if gpu not in GPUS: raise RecipeError(f"gpu = {gpu}: must be one of {', '.join(GPUS)}")
-    sizes,(gb,tflops,_) = network_sizes(base),GPUS[gpu]
+    sizes,(gb,tflops,_) = possible(recipe, network_sizes(base)),GPUS[gpu]
     with FakeTensorMode(): vae = bytes_of(networks(**sizes)['vae'].parameters())
     both = progress_bar((False,True), 'count', leave=False) # a minute each, and another for what follows
     memory = {again:memory_of(dataclasses.replace(recipe, checkpointing=again), sizes, gpus) for again in both}
@@ -288,7 +298,7 @@ def plan(
         head_start=dict(steps=recipe.head_start, seconds_a_step=alone), looking=looking/(until(steps)+looking),
         clip=clip, shards=clips*clip, clips=clips, hours=hours,
         first_picture=(picture+apart['picture']/rate)/3600,
-        price=price and {'training':price*gpus*hours['training'], 'preparing':price*hours['preparing']})
+        price=None if price is None else {k:price*v*(gpus if k=='training' else 1) for k,v in hours.items()})
 
 def verdict(
     p:dict # of `plan`
@@ -315,33 +325,3 @@ def verdict(
         f"shards: {p['clip']/1e3:,.0f} kB a clip, {p['shards']/1e9:,.0f} GB in all; one such card encodes "
             f"{p['clips']:,} clips in {p['hours']['preparing']:.1f} hours",
         *(['price: ' + ', '.join(f"{v:,.0f} for {k}" for k,v in p['price'].items())] if p['price'] else [])])
-
-# %% ../nbs/21_plan.ipynb #af56feb5
-def achieved(
-    run:str|Path # a `distil` run that has a log, finished or not
-)->dict:         # clips and operations a second; `gpu` and shares of the peak are None for what `GPUS` does not know
-    "What a run gets out of its cards; raises `ValueError` where its log does not tell"
-    run = Path(run)
-    asked = asked_of(run)
-    if asked.get('verb')!='distil': raise ValueError(f"{run}: is no run of distil; name one that has a log.csv")
-    rates = [float(o['clips_s']) for o in read_rows(run/'log.csv') if o.get('adv') and o.get('clips_s')][-20:]
-    if not rates: raise ValueError(f"{run}/log.csv: has no clips_s of steps that both networks take; a head start, of "
-        "the judges alone, does not tell. Let the run go on, or begin a short one with --set head_start=0")
-    if not all(map(math.isfinite, rates)): raise ValueError(f"{run}/log.csv: has a clips_s that is no number")
-    if not asked.get('made_with'): raise ValueError(f"{run}/recipe.json: does not say what the run was made with")
-    recipe,made,sizes = recipe_of(asked),asked['made_with'][-1],network_sizes(base_of(run, asked))
-    gpu = next((k for k,(*_,names) in GPUS.items() if made['device'] in names), None)
-    cost = {again:flops_of(dataclasses.replace(recipe, checkpointing=again), sizes)/recipe.batch
-        for again in {False, recipe.checkpointing}}
-    clips,peak = statistics.median(rates),gpu and GPUS[gpu][1]*1e12*made['processes']
-    done,useful = clips*cost[recipe.checkpointing],clips*cost[False]
-    return dict(run=str(run), clips_s=clips, device=made['device'], processes=made['processes'], gpu=gpu,
-        operations_s=done, useful_s=useful, share=peak and done/peak, useful_share=peak and useful/peak)
-
-def said_of(
-    o:dict # of `achieved`
-)->str:
-    "The same in words"
-    known = "{share:.1%} of their peak, {useful_share:.1%} useful" if o['share'] else "their peak is not known here"
-    return (f"{o['run']}: {o['clips_s']:.2f} clips a second on {o['processes']} × {o['device']}, "
-        f"{o['operations_s']/1e12:.3g} TFLOP/s, {o['useful_s']/1e12:.3g} of them useful ({known.format(**o)})")

@@ -9,9 +9,8 @@ __all__ = ['differences', 'reproduce', 'verdict']
 import json
 from pathlib import Path
 from safetensors.torch import load_file
-from .export import base_of
 from .files import write_text
-from .runs import asked_of, recipe_of
+from .runs import asked_of, base_of, recipe_of
 from .stream import shard_batches
 from .train import distil, pretrain, train_vae
 

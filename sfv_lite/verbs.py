@@ -260,7 +260,8 @@ def reproduce(args):
 def plan(args):
     "Memory, operations and days of a run"
     recipe = load_recipe(args)
-    from sfv_lite.plan import achieved, plan, said_of, verdict
+    from sfv_lite.kernels import achieved, said_of
+    from sfv_lite.plan import plan, verdict
     if args.like and args.utilisation:
         raise ValueError("plan: --like and --utilisation both say what share of the peak a run gets; leave one out")
     like = achieved(args.like) if args.like else {}

@@ -3,7 +3,7 @@ import csv
 from collections import Counter
 import pytest, torch
 from conftest import TINY, recipe, sets
-from sfv_lite import fit, loop, runs, train
+from sfv_lite import fit, train
 from sfv_lite.cli import main
 from sfv_lite.fit import add_lora, checkpoint_blocks, compile_blocks, without_lora
 from sfv_lite.shortcuts import take_short_cuts
@@ -63,7 +63,8 @@ def test_blocks_of_a_kind_share(base):
 
 def test_no_compiler(base, tmp_path, monkeypatch, capsys):
     "One line with the cure, before anything is written"
-    monkeypatch.setattr(runs.shutil, 'which', lambda name: None)
+    def none(): raise RuntimeError('none here')
+    monkeypatch.setattr('torch._inductor.cpp_builder.get_cpp_compiler', none)
     out = tmp_path/'run'
     assert main(['distil', '--base', str(base), '-o', str(out), *sets(**TINY, compile='true')])!=0
     said = capsys.readouterr().err

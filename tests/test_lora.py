@@ -1,9 +1,12 @@
 "One UNet in three roles: base of G, teacher and the judges' eye"
+import json, shutil
 import pytest, torch
-from conftest import recipe, relative
+from conftest import files, recipe
+from sfv_lite import checkpoint, loop, sfv, train
+from sfv_lite.export import student_of
 from sfv_lite.heads import Discriminator
-from sfv_lite.runs import make_accelerator
-from sfv_lite import sfv
+from sfv_lite.pipelines import save_pipeline
+from sfv_lite.runs import LATER, make_accelerator, recipe_of
 from sfv_lite.sfv import learning
 from sfv_lite.train import make_state
 from sfv_lite.svd import Batch, Condition, digits_pipeline, svd_pipeline
@@ -40,6 +43,44 @@ def test_gradients_are_those_of_two_copies(size):
     found,expected = (gradients(o, batch) for o in (shared,two))
     least = 1e-12*max(o.norm() for o in expected) # attention within a single position has no gradient but rounding
     for a,b in zip(found, expected, strict=True): assert (a-b).norm()<1e-9*b.norm()+least
+
+
+@pytest.mark.parametrize('begun', ['base','init'])
+def test_delivered_into_what_it_began_with(begun, tmp_path):
+    """The base was replaced, or taken away, while a run of additions went on: it is not delivered into another one;
+    put back, `--resume` delivers what it would have"""
+    for k in (4,5): save_pipeline(digits_pipeline(k), tmp_path/f'{k}')
+    shutil.copytree(tmp_path/'4', tmp_path/'start')
+    r,names = recipe(lora_rank=2, lr_g=1e-2, steps=3),dict(base=tmp_path/'4') | {begun:tmp_path/'start'}
+    whole = train.distil(r, tmp_path/'whole', **names)
+    def swapped(other):
+        def save(state):
+            keep(state)
+            shutil.rmtree(tmp_path/'start', ignore_errors=True)
+            if other: shutil.copytree(tmp_path/'5', tmp_path/'start')
+        keep = checkpoint.save
+        return save
+    for k,other in enumerate((True,False)):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(loop, 'save', swapped(other))
+            with pytest.raises((ValueError,FileNotFoundError), match='--resume delivers'):
+                train.distil(r, tmp_path/f'run{k}', **names)
+        assert not (tmp_path/f'run{k}'/'pipeline').exists()
+        shutil.rmtree(tmp_path/'start', ignore_errors=True)
+        shutil.copytree(tmp_path/'4', tmp_path/'start')
+        again = train.distil(r, tmp_path/f'run{k}', **names, resume=True)
+        assert files(again/'unet')==files(whole/'unet')
+
+
+def test_runs_from_before_some_keys(tmp_path):
+    "A recipe.json without keys that came later is one in which they are off"
+    save_pipeline(digits_pipeline(4), tmp_path/'base')
+    train.distil(recipe(lora_rank=2, steps=2, validate_every=2), tmp_path/'run', tmp_path/'base')
+    file = tmp_path/'run'/'recipe.json'
+    said = json.loads(file.read_text())
+    for k in LATER: del said[k]
+    file.write_text(json.dumps(said))
+    assert not recipe_of(said).compile and student_of(tmp_path/'run', '2')
 
 
 def random_batch(pipe, b=2):

@@ -128,7 +128,7 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     "Clips a second of its log times what the count says of a clip; the card by its name; blocks done again apart"
     import csv
     from sfv_lite import train
-    from sfv_lite.plan import achieved, said_of
+    from sfv_lite.kernels import achieved, said_of
     out = tmp_path/'run'
     r = recipe(steps=3, batch=2, checkpointing=True)
     train.distil(r, out, base=base)
@@ -148,7 +148,7 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     planned = {}
     monkeypatch.setattr('sfv_lite.plan.plan', lambda *a: planned.update(utilisation=a[4]) or planned)
     monkeypatch.setattr('sfv_lite.plan.verdict', lambda p: '')
-    monkeypatch.setattr('sfv_lite.plan.flops_of', lambda r, *_: r.batch*cost[r.checkpointing])
+    monkeypatch.setattr('sfv_lite.kernels.flops_of', lambda r, *_: r.batch*cost[r.checkpointing])
     assert main(['plan', '--recipe', 'digits', '--like', str(out), '-o', str(tmp_path/'plan.json')])==0
     assert planned['utilisation']==pytest.approx(there['share'])
     assert '2 × NVIDIA A100-SXM4-80GB' in capsys.readouterr().out
@@ -160,6 +160,14 @@ def test_a_run_says_what_it_gets_out_of_its_cards(base, tmp_path, monkeypatch, c
     (out/'log.csv').unlink()
     with pytest.raises(ValueError, match='no clips_s of steps'): achieved(out)
     with pytest.raises(ValueError, match='no run of distil'): achieved(base)
+
+
+@pytest.mark.parametrize('wrong', ['frames=80','height=40'])
+def test_what_no_network_takes(base, wrong, tmp_path, capsys):
+    "A size that `distil` would refuse is refused, by the plan and by the count"
+    for verb in (['plan','--gpus','1'], ['bench','--fake']):
+        asked = '--base', str(base), '--recipe', 'digits', '--set', wrong, '-o', str(tmp_path/'out.json')
+        assert main([*verb, *asked])!=0 and f"recipe [digits] {wrong.replace('=', ' = ')}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('again', [False,True])
