@@ -61,7 +61,7 @@ def test_an_overflow_lowers_the_scale():
 
 def test_a_card_without_it(monkeypatch, base, tmp_path, capsys):
     "One line with the cure: fp16 on a CPU, bf16 on a card that only emulates it; `auto` takes neither"
-    cuda,r = SimpleNamespace(type='cuda'),recipe()
+    cuda = SimpleNamespace(type='cuda')
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: False)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla T4')
     with pytest.raises(RecipeError, match='Tesla T4 does not compute in bf16; set precision = fp16'):
