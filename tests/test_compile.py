@@ -24,7 +24,8 @@ def graphs(): return torch._dynamo.utils.counters['stats']['unique_graphs']
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('more', [{}, dict(lora_rank=2, checkpointing=True)], ids=['every weight','LoRA, recomputed'])
+@pytest.mark.parametrize('more', [pytest.param({}, id='every weight', marks=pytest.mark.huge),
+    pytest.param(dict(lora_rank=2, checkpointing=True), id='LoRA, recomputed')])
 def test_a_run_is_compiled_once(base, tmp_path, monkeypatch, more):
     """Figures equal those of a run that is not compiled, every block's graph is whole, and after the first step
     nothing is compiled any more, pictures and validation included after their first time"""
