@@ -153,6 +153,25 @@ def base_of(
     raise ValueError(f"{next(iter(found))}: is not the {key} that {run} began with, but another under the same name; "
         "restore that one")
 
+# %% ../nbs/16a_runs.ipynb #32c123b8
+def base_of(
+    run:Path,
+    asked:dict,   # of the run
+    key='base'    # or 'init'
+)->str|Path|None: # None: the run had none; raises where it is not there, or another
+    "The base, or the start, that a run began with: as it was called, or where it lay beside the run"
+    if not asked.get(key): return None
+    places = [asked[key], *([os.path.normpath(run/asked[f'{key}_from'])] if asked.get(f'{key}_from') else [])]
+    found = {}
+    for o in places:
+        try: found[o] = content(pipeline_folder(o))
+        except FileNotFoundError: continue
+        if found[o]==asked.get(f'{key}_is'): return o
+    if not found:
+        raise FileNotFoundError(f"{run}: its {key} {asked[key]} is not here; put it back, or beside the run")
+    raise ValueError(f"{next(iter(found))}: is not the {key} that {run} began with, but another under the same name; "
+        "restore that one")
+
 # %% ../nbs/16a_runs.ipynb #d9636c4e
 FREE = ('workers','log_every','save_every','sample_every','save_minutes','sample_minutes','validate_every',
     'validate_clips','keep','keep_every','bad_steps','tracker','ema_on_cpu',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'load_manifest', 'whole', 'damaged', 'read_rows', 'from_rows', 'names_of', 'held_films', 'Clips', 'Windows',
-           'load_manifests', 'Turns', 'Dealt', 'for_training', 'shard_batches', 'spread', 'check_shards', 'contact']
+           'load_manifests', 'Turns', 'for_training', 'Dealt', 'shard_batches', 'spread', 'check_shards', 'contact']
 
 # %% ../nbs/14b_stream.ipynb #8835f1fb
 import hashlib, itertools, json, math, signal
@@ -249,6 +249,17 @@ class Turns:
         "Whose turn it is from a micro-batch on, for ever"
         epoch,inside = divmod(start, self.epoch)
         for k in itertools.count(epoch): yield from self.order(k)[inside if k==epoch else 0:].tolist()
+
+# %% ../nbs/14b_stream.ipynb #37f05350
+def for_training(
+    folder:str,
+    held:dict[str,set[str]] # by folder, films that are held out
+):                          # `takes(film)`, as for `Clips`
+    "No film that is held out here, or elsewhere under this name, with more or fewer folders before it"
+    tails = lambda film: {film.split('/', k)[k] for k in range(film.count('/')+1)}
+    others = set().union(*(v for k,v in held.items() if k!=folder))
+    out = held[folder].union(*map(tails, others))
+    return lambda film: film not in out and not tails(film) & others
 
 # %% ../nbs/14b_stream.ipynb #a694717a
 class Dealt:

@@ -200,9 +200,9 @@ def make_state(
 )->State:
     "Generator and discriminator as the recipe wants them: blocks computed again, LoRA, random weights by its seed"
     torch.manual_seed(recipe.seed)
-    for o in (pipe.unet, *([eye] if eye else [])): take_short_cuts(o)
-    if recipe.checkpointing:
-        for o in (pipe.unet, *([eye] if eye else [])): checkpoint_blocks(o)
+    for o in (pipe.unet, *([eye] if eye else [])):
+        take_short_cuts(o)
+        if recipe.checkpointing: checkpoint_blocks(o)
     if recipe.lora_rank: learn_little(pipe.unet, recipe.lora_rank, accelerator)
     plain = without_lora if recipe.lora_rank and not eye else None # one UNet is both
     state = State.create(pipe, recipe, accelerator, plain, eye, way_to_prepare(recipe, accelerator))
